@@ -1,0 +1,69 @@
+// Deferred tensors as the kernels load them: the affine map, activation and gate of a Value and the gradient of a raw output, one vector
+// of channels at a time.
+#pragma once
+
+#include "vec.h"
+
+namespace mbn {
+namespace MBN_ISA {
+
+template <Act A>
+struct ActTag {
+  static constexpr Act act = A;
+};
+
+// Calls f(ActTag<act>{}): the one place where an activation chosen at run time becomes a template argument.
+template <class F>
+MBN_INLINE void with_act(Act act, const F& f) {
+  switch (act) {
+    case Act::identity: return f(ActTag<Act::identity>{});
+    case Act::relu: return f(ActTag<Act::relu>{});
+    case Act::relu6: return f(ActTag<Act::relu6>{});
+    case Act::hardswish: return f(ActTag<Act::hardswish>{});
+    case Act::silu: return f(ActTag<Act::silu>{});
+    case Act::hardsigmoid: return f(ActTag<Act::hardsigmoid>{});
+    case Act::sigmoid: return f(ActTag<Act::sigmoid>{});
+  }
+}
+
+template <class T>
+MBN_INLINE Vec<T> load_or(const T* p, int64_t offset, int count, T otherwise) {
+  return p ? load(p + offset, count) : broadcast(otherwise);
+}
+
+// The per-channel numbers of a Value for the vector of channels that begins at c, in image n. `count` channels are real; the others load as zero.
+template <class S>
+struct ValueLanes {
+  Vec<Accumulate<S>> scale, shift, gate;
+};
+template <class S>
+MBN_INLINE ValueLanes<S> value_lanes(const Value<S>& u, int64_t n, int64_t channels, int64_t c, int count) {
+  using T = Accumulate<S>;
+  return {load_or<T>(u.scale, c, count, 1), load_or<T>(u.shift, c, count, 0), load_or<T>(u.gate, n * channels + c, count, 1)};
+}
+template <Act A, class S>
+MBN_INLINE Vec<Accumulate<S>> value_of(const ValueLanes<S>& l, Vec<Accumulate<S>> y) {
+  return activate<A>(l.scale * y + l.shift) * l.gate;
+}
+
+// The same for a Gradient.
+template <class S>
+struct GradientLanes {
+  ValueLanes<S> of;
+  Vec<Accumulate<S>> q, a, b, c;
+};
+template <class S>
+MBN_INLINE GradientLanes<S> gradient_lanes(const Gradient<S>& g, int64_t n, int64_t channels, int64_t c, int count) {
+  using T = Accumulate<S>;
+  return {value_lanes(g.of, n, channels, c, count), load_or<T>(g.q, n * channels + c, count, 0), load_or<T>(g.a, c, count, 1),
+          load_or<T>(g.b, c, count, 0), load_or<T>(g.c, c, count, 0)};
+}
+// y is ignored (pass zero) where the activation is the identity and g.b is null.
+template <Act A, class S>
+MBN_INLINE Vec<Accumulate<S>> gradient_of(const GradientLanes<S>& l, Vec<Accumulate<S>> dv, Vec<Accumulate<S>> y) {
+  const Vec<Accumulate<S>> h = (dv * l.of.gate + l.q) * activate_grad<A>(l.of.scale * y + l.of.shift);
+  return l.a * h + l.b * y + l.c;
+}
+
+}  // namespace MBN_ISA
+}  // namespace mbn

@@ -1,0 +1,49 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "kernels.h"
+
+namespace mbn {
+namespace {
+
+bool runs(const AllKernels& set) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&set == &kAvx2Kernels) return avx2;
+  if (&set == &kAvx512Kernels)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return &set == &kBaselineKernels;
+}
+
+const AllKernels* choose() {
+#if defined(__x86_64__)
+  const AllKernels* const sets[] = {&kAvx512Kernels, &kAvx2Kernels, &kBaselineKernels};
+#else
+  const AllKernels* const sets[] = {&kBaselineKernels};
+#endif
+  const char* forced = std::getenv("MBN_CPU_ISA");
+  for (const AllKernels* set : sets) {
+    if (forced != nullptr && *forced != '\0') {
+      if (std::string(forced) != set->name) continue;
+      STD_TORCH_CHECK(runs(*set), "MBN_CPU_ISA: this processor does not run ", forced);
+      return set;
+    }
+    if (runs(*set)) return set;
+  }
+  STD_TORCH_CHECK(false, "MBN_CPU_ISA: expected avx512, avx2 or baseline, got ", forced);
+  return nullptr;
+}
+
+}  // namespace
+
+const AllKernels& kernels() {
+  static const AllKernels* chosen = choose();
+  return *chosen;
+}
+
+}  // namespace mbn

@@ -1,0 +1,14 @@
+// Fills the table of kernels for the instruction set that the including file has chosen.
+#pragma once
+
+#include "depthwise.h"
+#include "elementwise.h"
+#include "kernels.h"
+#include "pointwise.h"
+
+#define MBN_TABLE_OF(S)                                                                                   \
+  {                                                                                                       \
+    MBN_ISA::pointwise_forward<S>, MBN_ISA::pointwise_backward<S>, MBN_ISA::depthwise_forward<S>,         \
+        MBN_ISA::depthwise_backward<S>, MBN_ISA::pool<S>, MBN_ISA::materialize<S>,                        \
+        MBN_ISA::materialize_gradient<S>, MBN_ISA::reduce_gradient<S>                                     \
+  }

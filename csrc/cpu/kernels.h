@@ -1,0 +1,41 @@
+// The table of CPU kernels: one per instruction set, chosen once at run time.
+#pragma once
+
+#include "types.h"
+
+namespace mbn {
+
+template <class S>
+struct Kernels {
+  void (*pointwise_forward)(const PointwiseForward<S>&);
+  void (*pointwise_backward)(const PointwiseBackward<S>&);
+  void (*depthwise_forward)(const DepthwiseForward<S>&);
+  void (*depthwise_backward)(const DepthwiseBackward<S>&);
+  void (*pool)(const Pool<S>&);
+  void (*materialize)(const Materialize<S>&);
+  void (*materialize_gradient)(const MaterializeGradient<S>&);
+  void (*reduce_gradient)(const ReduceGradient<S>&);
+};
+
+struct AllKernels {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<bf16> b16;
+};
+
+extern const AllKernels kAvx512Kernels, kAvx2Kernels, kBaselineKernels;
+
+// The best set that this processor runs; MBN_CPU_ISA=avx512|avx2|baseline forces one, and is an error where the processor lacks it.
+const AllKernels& kernels();
+
+template <class S>
+const Kernels<S>& kernels_for();
+template <>
+inline const Kernels<float>& kernels_for<float>() { return kernels().f32; }
+template <>
+inline const Kernels<double>& kernels_for<double>() { return kernels().f64; }
+template <>
+inline const Kernels<bf16>& kernels_for<bf16>() { return kernels().b16; }
+
+}  // namespace mbn

@@ -1,0 +1,64 @@
+#include "runtime.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace mbn {
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+struct Block {
+  std::unique_ptr<void, Free> memory;
+  size_t size, used;
+};
+struct Arena {
+  std::vector<Block> blocks;
+  size_t current = 0;
+};
+thread_local Arena arena;
+constexpr size_t kAlign = 64, kMinimumBlock = size_t{1} << 20;
+
+}  // namespace
+
+void run_parallel(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (tasks <= 0) return;
+  if (tasks == 1) return body(0, 1, context);
+  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+Scratch::Scratch()
+    : mark_block_(arena.current), mark_used_(arena.blocks.empty() ? 0 : arena.blocks[arena.current].used) {}
+
+Scratch::~Scratch() {
+  for (size_t i = mark_block_ + 1; i < arena.blocks.size(); ++i) arena.blocks[i].used = 0;
+  if (!arena.blocks.empty()) arena.blocks[mark_block_].used = mark_used_;
+  arena.current = mark_block_;
+}
+
+void* Scratch::bytes(size_t count) {
+  count = (count + kAlign - 1) / kAlign * kAlign;
+  while (arena.current < arena.blocks.size()) {
+    Block& block = arena.blocks[arena.current];
+    if (block.used + count <= block.size) {
+      void* p = static_cast<char*>(block.memory.get()) + block.used;
+      block.used += count;
+      return p;
+    }
+    if (arena.current + 1 == arena.blocks.size()) break;
+    arena.blocks[++arena.current].used = 0;
+  }
+  const size_t size = count > kMinimumBlock ? count : kMinimumBlock;
+  void* p = std::aligned_alloc(kAlign, size);
+  if (p == nullptr) throw std::bad_alloc();
+  arena.blocks.push_back({std::unique_ptr<void, Free>(p), size, count});
+  arena.current = arena.blocks.size() - 1;
+  return p;
+}
+
+}  // namespace mbn

@@ -1,0 +1,25 @@
+// What the kernels ask of their surroundings: threads and scratch memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mbn {
+
+// Calls body(begin, end, context) over a partition of [0, tasks) on PyTorch's threads.
+void run_parallel(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
+
+// Scratch memory of the calling thread, 64-byte aligned, kept between calls. Everything taken after a Scratch was made is free again when it ends.
+class Scratch {
+ public:
+  Scratch();
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* bytes(size_t count);
+
+ private:
+  size_t mark_block_, mark_used_;
+};
+
+}  // namespace mbn

@@ -1,0 +1,152 @@
+// Vectors of MBN_VECTOR_BYTES, as GCC/Clang vector types: one portable source, compiled once per instruction set (kernels_<isa>.cpp).
+//
+// Nothing here, or in any header included after it, may call an inline function of the standard library: its out-of-line copy would be
+// compiled for this instruction set and shared with code that runs on machines without it.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime.h"
+#include "types.h"
+
+namespace mbn {
+namespace MBN_ISA {
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(MBN_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = MBN_VECTOR_BYTES / int(sizeof(T));
+
+typedef uint32_t U32 __attribute__((vector_size(MBN_VECTOR_BYTES)));
+typedef int32_t I32 __attribute__((vector_size(MBN_VECTOR_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(MBN_VECTOR_BYTES / 2)));
+
+template <class T>
+MBN_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+MBN_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+MBN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+MBN_INLINE Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+// Loads kLanes<T> numbers of storage type S as T.
+MBN_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+MBN_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+MBN_INLINE Vec<float> load(const bf16* p) {
+  U16 h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Vec<float>)(__builtin_convertvector(h, U32) << 16);
+}
+
+MBN_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+MBN_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+MBN_INLINE void store(bf16* p, Vec<float> v) {  // round to nearest even; NaN stays NaN
+  const U32 x = (U32)v;
+  const U32 rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  const U32 quiet_nan = U32{} + 0x7fc0;
+  const U16 h = __builtin_convertvector(v != v ? quiet_nan : rounded, U16);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first n numbers, the other lanes zero.
+template <class S>
+MBN_INLINE Vec<Accumulate<S>> load(const S* p, int n) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  if (n >= L) return load(p);
+  S padded[L];
+  __builtin_memset(padded, 0, sizeof padded);
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+template <class S>
+MBN_INLINE void store(S* p, Vec<Accumulate<S>> v, int n) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  if (n >= L) return store(p, v);
+  S padded[L];
+  store(padded, v);
+  for (int i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// What a number becomes when it is stored as S and read again: statistics are those of the stored tensor.
+template <class S>
+MBN_INLINE Vec<Accumulate<S>> rounded_to(Vec<Accumulate<S>> v) {
+  if constexpr (sizeof(S) == sizeof(Accumulate<S>)) return v;
+  S kept[kLanes<Accumulate<S>>];
+  store(kept, v);
+  return load(kept);
+}
+
+// e^x: 2^round(x/ln 2) times a polynomial on |r| <= ln2/2; within 2 units in the last place, 0 and infinity where float overflows.
+MBN_INLINE Vec<float> exponential(Vec<float> x) {
+  const Vec<float> low = broadcast(-104.0f), high = broadcast(89.0f);
+  Vec<float> t = x < low ? low : x;
+  t = t > high ? high : t;
+  const Vec<float> shifted = t * 1.44269504f + 12582912.0f;  // adding 1.5*2^23 rounds to an integer, held in the low mantissa bits
+  const Vec<float> k = shifted - 12582912.0f;
+  const Vec<float> r = (t - k * 0.693145752f) - k * 1.42860677e-6f;
+  Vec<float> p = broadcast(1.98412698e-4f);
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // Two factors, so that neither exponent leaves its range: subnormal results and infinity come out by multiplication.
+  const I32 n = __builtin_convertvector(k, I32);
+  const I32 half = n >> 1;
+  const Vec<float> y = p * (Vec<float>)((half + 127) << 23) * (Vec<float>)((n - half + 127) << 23);
+  return x != x ? x : y;
+}
+MBN_INLINE Vec<double> exponential(Vec<double> x) {
+  Vec<double> y = x;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp(x[i]);
+  return y;
+}
+
+// Runs f(begin, end) over a partition of [0, tasks).
+template <class F>
+MBN_INLINE void parallel_tasks(int64_t tasks, const F& f) {
+  run_parallel(
+      tasks, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+template <class T>
+MBN_INLINE T* take(Scratch& scratch, int64_t count) {
+  return static_cast<T*>(scratch.bytes(size_t(count) * sizeof(T)));
+}
+
+}  // namespace MBN_ISA
+}  // namespace mbn
+
+// The activations of activation.h on vectors.
+template <>
+struct mbn::Exponential<mbn::MBN_ISA::Vec<float>> {
+  using V = mbn::MBN_ISA::Vec<float>;
+  MBN_MEMBER V of(V x) { return mbn::MBN_ISA::exponential(x); }
+};
+template <>
+struct mbn::Exponential<mbn::MBN_ISA::Vec<double>> {
+  using V = mbn::MBN_ISA::Vec<double>;
+  MBN_MEMBER V of(V x) { return mbn::MBN_ISA::exponential(x); }
+};

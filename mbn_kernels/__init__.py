@@ -1,0 +1,24 @@
+"""Fused depthwise convolution, batch norm, activation and squeeze-excite for MobileNets in PyTorch."""
+
+from . import functional
+from .backends import available_backends, use_backend
+from .modules import (
+    FusedDepthwiseConvBNAct,
+    FusedDepthwiseSeparable,
+    FusedInvResBlock,
+    FusedPointwiseConvBNAct,
+    FusedSqueezeExcite,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedDepthwiseConvBNAct",
+    "FusedDepthwiseSeparable",
+    "FusedInvResBlock",
+    "FusedPointwiseConvBNAct",
+    "FusedSqueezeExcite",
+    "available_backends",
+    "functional",
+    "use_backend",
+]

@@ -1,0 +1,99 @@
+"""Backends: each is a table of kernels (:class:`mbn_kernels.chain.Kernels`). The engine asks for one by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..chain import Kernels
+from . import cpu
+from .reference import ReferenceKernels
+
+
+class Backend(NamedTuple):
+    kernels: Kernels
+    missing: str | None  # why it cannot be used, or None
+    supports: Callable[[torch.device, torch.dtype], str | None]  # why not with tensors like these, or None
+
+
+def _reference_supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _cpu_supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"a tensor on the CPU, got one on {device}"
+    if dtype not in cpu.DTYPES:
+        return f"float32, float64 or bfloat16 on the CPU, got {dtype}"
+    return None
+
+
+_BACKENDS = {
+    "reference": Backend(ReferenceKernels(), None, _reference_supports),
+    "cpu": Backend(cpu.CpuKernels(), cpu.load(), _cpu_supports),
+}
+_chosen: str | None = None
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend by name, with "available" or one line that says why it is not."""
+    return {name: backend.missing or "available" for name, backend in _BACKENDS.items()}
+
+
+def get(name: str) -> Backend:
+    """The backend of that name; ValueError for an unknown one, RuntimeError for one that cannot be used here."""
+    if name not in _BACKENDS:
+        raise ValueError(f"use_backend: name: expected one of {', '.join(_BACKENDS)}, got {name!r}")
+    backend = _BACKENDS[name]
+    if backend.missing:
+        raise RuntimeError(f"use_backend: {name}: {backend.missing}")
+    return backend
+
+
+class use_backend:  # noqa: N801  (reads as a verb: `with use_backend("reference"):`)
+    """Chooses the backend for every call from now on, in all threads; None goes back to the choice by device.
+
+    As a context manager, the former choice comes back at the end of the block::
+
+        with mbn_kernels.use_backend("reference"):
+            y = block(x)
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _chosen
+        if name is not None:
+            get(name)
+        self._former, _chosen = _chosen, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _chosen
+        _chosen = self._former
+
+
+def choose(device: torch.device) -> str:
+    """The name of the backend for tensors on that device."""
+    if _chosen is not None:
+        return _chosen
+    if device.type == "cpu":
+        return "cpu"
+    _warn_reference(device.type)
+    return "reference"
+
+
+_warned: set[str] = set()
+
+
+def _warn_reference(device_type: str) -> None:
+    if device_type not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device_type)
+        warnings.warn(
+            f"mbn_kernels has no {device_type} kernels in this version: tensors there run the reference backend, "
+            "plain PyTorch, which is no faster than stock",
+            stacklevel=4,
+        )

@@ -1,0 +1,114 @@
+"""The CPU backend: the kernels of ``csrc/cpu``, for float32, float64 and bfloat16 storage with float32 accumulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import schemas  # noqa: F401  (the library implements these schemas)
+from ..activations import ACTIVATIONS
+from ..chain import Gradient, Norm, Stage, Value, accumulate_dtype
+from .reference import empty_channels_last, gate_backward, gate_forward
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_ops = torch.ops.mbn
+
+
+def load() -> str | None:
+    """Loads the compiled library; returns why it cannot be used, or None."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built: run `pip install -e .` in the source tree (it needs a C++17 compiler)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}; build it again with `pip install -e .`"
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline" (``MBN_CPU_ISA`` forces one)."""
+    return torch.ops.mbn.cpu_instruction_set()
+
+
+def _value(u: Value) -> tuple:
+    return u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code
+
+
+def _gradient(g: Gradient) -> tuple:
+    return g.dv, *_value(g.of), g.q, g.a, g.b, g.c
+
+
+def _vectors(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=accumulate_dtype(like.dtype), device=like.device)
+
+
+class CpuKernels:
+    """:class:`mbn_kernels.chain.Kernels` on ``torch.ops.mbn.*``: allocates the outputs, the operators fill them."""
+
+    gate_forward = staticmethod(gate_forward)
+    gate_backward = staticmethod(gate_backward)
+
+    def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
+        n, _, h, w = u.y.shape
+        y, mean, var = self._forward_outputs(u.y, (n, weight.shape[0], h, w), statistics)
+        _ops.pointwise_forward(*_value(u), weight, y, mean, var)
+        return y, mean, var
+
+    def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool):
+        y, mean, var = self._forward_outputs(u.y, stage.output_shape(u.y.shape, weight.shape), statistics)
+        _ops.depthwise_forward(*_value(u), weight, stage.stride, stage.padding, stage.dilation, y, mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def _forward_outputs(like: Tensor, shape: tuple[int, ...], statistics: bool):
+        y = empty_channels_last(like, shape)
+        if not statistics:
+            return y, None, None
+        return y, _vectors(like, shape[1]), _vectors(like, shape[1])
+
+    def pool(self, u: Value) -> Tensor:
+        pooled = _vectors(u.y, *u.y.shape[:2])
+        _ops.pool(*_value(u), pooled)
+        return pooled
+
+    def materialize(self, u: Value, residual: Tensor | None) -> Tensor:
+        out = empty_channels_last(u.y, tuple(u.y.shape))
+        _ops.materialize(*_value(u), residual, out)
+        return out
+
+    def materialize_gradient(self, g: Gradient, residual: Tensor | None) -> Tensor:
+        out = empty_channels_last(g.dv, tuple(g.dv.shape))
+        _ops.materialize_gradient(*_gradient(g), residual, out)
+        return out
+
+    def reduce_gradient(self, dv: Tensor, u: Value, norm: Norm | None) -> Tensor:
+        sums = self._sums(u)
+        _ops.reduce_gradient(dv, *_value(u), norm and norm.mean, norm and norm.rstd, sums)
+        return sums
+
+    @staticmethod
+    def _sums(u: Value) -> Tensor:
+        n, c = u.y.shape[:2]
+        return _vectors(u.y, 2, c) if u.gate is None else _vectors(u.y, 5, n, c)
+
+    def pointwise_backward(self, g, weight, u, norm, residual, want_du, want_sums, want_dweight):
+        out = self._backward_outputs(u, weight, want_du, want_sums, want_dweight)
+        _ops.pointwise_backward(
+            *_gradient(g), *_value(u), weight, residual, norm and norm.mean, norm and norm.rstd, *out
+        )
+        return out
+
+    def depthwise_backward(self, g, weight, stage, u, norm, residual, want_du, want_sums, want_dweight):
+        out = self._backward_outputs(u, weight, want_du, want_sums, want_dweight)
+        window = (stage.stride, stage.padding, stage.dilation)
+        _ops.depthwise_backward(
+            *_gradient(g), *_value(u), *window, weight, residual, norm and norm.mean, norm and norm.rstd, *out
+        )
+        return out
+
+    def _backward_outputs(self, u: Value, weight: Tensor, want_du: bool, want_sums: bool, want_dweight: bool):
+        du = empty_channels_last(u.y, tuple(u.y.shape)) if want_du else None
+        return du, self._sums(u) if want_sums else None, _vectors(weight, *weight.shape) if want_dweight else None

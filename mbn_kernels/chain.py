@@ -1,0 +1,305 @@
+"""The chain engine: the forward and backward order of every block, once, for every backend.
+
+A block is a chain of stages; a stage is a convolution (pointwise or depthwise), batch norm, an activation and, optionally, a squeeze-excite gate.
+Only each convolution's raw output ``y`` is stored. Everything after it is a :class:`Value`, applied by the next kernel as it loads:
+
+    value = act(scale*y + shift) * gate        scale = gamma*rstd, shift = beta - mean*scale
+
+The gradient of a raw output is a :class:`Gradient`, applied on load as well. With dv the gradient of the value, n = scale*y + shift,
+x = (y - mean)*rstd and M values per channel:
+
+    dy = a*((dv*gate + q)*act'(n)) + b*y + c    a = gamma*rstd
+                                                b = -gamma*rstd^2 * dgamma/M
+                                                c = -gamma*rstd * dbeta/M - b*mean
+
+where q, the gradient that reaches the value through the squeezed mean, is 0 without a gate, and b = c = 0 where the statistics are not the batch's.
+The kernel that computes dv accumulates, in the same pass, the sums from which dbeta, dgamma, the gate's gradient and so a, b, c follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# Parameters of a stage, in this order; a stage holds those that its fields call for.
+WEIGHT, NORM, RUNNING, GATE = ("weight",), ("bn_weight", "bn_bias"), ("running_mean", "running_var"), ("w1", "b1", "w2", "b2")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage computes. ``conv`` is "pointwise", "depthwise" or "none"; ``norm`` is "batch", "running" or "none"."""
+
+    conv: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # top, bottom, left, right
+    dilation: tuple[int, int]
+    norm: str
+    affine: bool
+    eps: float
+    act: str
+    gate: tuple[str, str] | None  # the activation between the two layers, the gate's own activation
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        names = () if self.conv == "none" else WEIGHT
+        names += NORM if self.affine else ()
+        names += RUNNING if self.norm == "running" else ()
+        return names + (GATE if self.gate else ())
+
+    def output_shape(self, shape: Sequence[int], weight: Sequence[int] | None) -> tuple[int, int, int, int]:
+        n, c, h, w = shape
+        if self.conv == "pointwise":
+            return n, weight[0], h, w
+        if self.conv == "depthwise":
+            top, bottom, left, right = self.padding
+            h = (h + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
+            w = (w + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
+        return n, c, h, w
+
+
+def stage_spec(
+    conv: str,
+    *,
+    kernel: tuple[int, int] = (1, 1),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    norm: str = "none",
+    affine: bool = False,
+    eps: float = 0.0,
+    act: str = "identity",
+    gate: tuple[str, str] | None = None,
+) -> str:
+    """One stage as text. The operators take a chain as text because a string is what a schema, a graph and a cache can hold."""
+    gate_text = f"{gate[0]}/{gate[1]}" if gate else "-"
+    return (
+        f"{conv} {kernel[0]},{kernel[1]} {stride[0]},{stride[1]} {padding[0]},{padding[1]},{padding[2]},{padding[3]} "
+        f"{dilation[0]},{dilation[1]} {norm} {int(affine)} {eps} {act} {gate_text}"
+    )
+
+
+def chain_spec(name: str, stages: Sequence[str]) -> str:
+    """A chain as text: the name that errors and profiles show, then its stages."""
+    return name + ": " + "; ".join(stages)
+
+
+@lru_cache(maxsize=4096)
+def parse(spec: str) -> tuple[str, tuple[Stage, ...]]:
+    """The inverse of :func:`chain_spec`."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(t) for t in text.split(","))
+
+    name, _, body = spec.partition(": ")
+    stages = []
+    for text in body.split("; "):
+        conv, kernel, stride, padding, dilation, norm, affine, eps, act, gate = text.split(" ")
+        stages.append(
+            Stage(
+                conv,
+                numbers(kernel),
+                numbers(stride),
+                numbers(padding),
+                numbers(dilation),
+                norm,
+                affine == "1",
+                float(eps),
+                act,
+                None if gate == "-" else tuple(gate.split("/")),
+            )
+        )
+    return name, tuple(stages)
+
+
+def stage_parameters(stages: Sequence[Stage], flat: Sequence) -> list[dict]:
+    """Splits a flat list (tensors, shapes, flags) into one dict per stage, by parameter name."""
+    items = iter(flat)
+    return [{name: next(items) for name in stage.parameter_names} for stage in stages]
+
+
+class Value(NamedTuple):
+    """A tensor that is not stored: ``act(scale*y + shift) * gate``; None stands for 1, 0 and no gate."""
+
+    y: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    act: str = "identity"
+    gate: Tensor | None = None
+
+
+class Gradient(NamedTuple):
+    """The gradient of a raw output, not stored: ``a*((dv*gate + q)*act'(scale*y + shift)) + b*y + c``; None stands for 1 and 0."""
+
+    dv: Tensor
+    of: Value
+    q: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    c: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """The per-channel numbers of a normalised stage, in the accumulation dtype."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class Kernels(Protocol):
+    """What a backend implements. Activations are channels-last; per-channel numbers are in :func:`accumulate_dtype`.
+
+    ``forward`` kernels return (y, mean, biased var), the last two None unless ``statistics``. ``backward`` kernels return (du, sums, dweight),
+    each None where not wanted; ``du`` is the gradient of the value ``u`` plus ``residual``, and ``sums`` are those of
+    :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
+    """
+
+    def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool): ...
+    def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool): ...
+    def pool(self, u: Value) -> Tensor:
+        """Mean of the value over H and W: ``[N, C]``."""
+
+    def gate_forward(self, pooled: Tensor, p: dict, acts: tuple[str, str]) -> Tensor:
+        """``gate_act(act(pooled w1^T + b1) w2^T + b2)``: ``[N, C]``."""
+
+    def gate_backward(self, dgate: Tensor, pooled: Tensor, p: dict, acts: tuple[str, str]):
+        """(gradient of pooled, {"w1": …, "b1": …, "w2": …, "b2": …})."""
+
+    def materialize(self, u: Value, residual: Tensor | None) -> Tensor: ...
+    def materialize_gradient(self, g: Gradient, residual: Tensor | None) -> Tensor: ...
+    def reduce_gradient(self, dv: Tensor, u: Value, norm: Norm | None) -> Tensor:
+        """With d = act'(n): ``[2, C]`` sums of dv*d and dv*d*x; with a gate ``[5, N, C]`` sums of dv*act(n), dv*d, d, dv*d*x, d*x."""
+
+    def pointwise_backward(self, g: Gradient, weight, u: Value, norm, residual, want_du, want_sums, want_dweight): ...
+    def depthwise_backward(self, g: Gradient, weight, stage, u: Value, norm, residual, want_du, want_sums, want_dweight): ...
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(
+    kernels: Kernels, x: Tensor, stages: Sequence[Stage], flat: Sequence[Tensor], residual: bool, save: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Runs the chain: (output, [mean, unbiased var of each batch-normalised stage], what :func:`backward` needs besides x and parameters)."""
+    u, statistics, saved = Value(x), [], []
+    for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
+        batch = stage.norm == "batch"
+        if stage.conv == "pointwise":
+            y, mean, var = kernels.pointwise_forward(u, p["weight"], batch)
+        elif stage.conv == "depthwise":
+            y, mean, var = kernels.depthwise_forward(u, p["weight"], stage, batch)
+        else:
+            y, mean, var = u.y, None, None
+        if stage.conv != "none" and save:
+            saved.append(y)
+        if batch:
+            count = y.numel() // max(y.shape[1], 1)
+            statistics += [mean, var * (count / (count - 1) if count > 1 else float("nan"))]
+        norm = _norm(stage, p, mean, var, accumulate_dtype(x.dtype))
+        u = Value(y, norm and norm.scale, norm and norm.shift, stage.act)
+        if norm and save:
+            saved.append(torch.stack(norm))
+        if stage.gate:
+            pooled = kernels.pool(u)
+            u = u._replace(gate=kernels.gate_forward(pooled, p, stage.gate))
+            if save:
+                saved += [pooled, u.gate]
+    return kernels.materialize(u, x if residual else None), statistics, saved
+
+
+def _norm(stage: Stage, p: dict, mean: Tensor | None, var: Tensor | None, dtype: torch.dtype) -> Norm | None:
+    if stage.norm == "none":
+        return None
+    if stage.norm == "running":
+        mean, var = p["running_mean"].to(dtype), p["running_var"].to(dtype)
+    rstd = torch.rsqrt(var + stage.eps)
+    if not stage.affine:
+        return Norm(rstd, -mean * rstd, mean, rstd)
+    scale = p["bn_weight"].to(dtype) * rstd
+    return Norm(scale, p["bn_bias"].to(dtype) - mean * scale, mean, rstd)
+
+
+class _Point(NamedTuple):
+    """The value between two stages, as backward needs it: stage i maps point i to point i + 1."""
+
+    value: Value
+    norm: Norm | None = None
+    pooled: Tensor | None = None
+
+
+def _points(x: Tensor, stages: Sequence[Stage], saved: Sequence[Tensor]) -> list[_Point]:
+    items, points = iter(saved), [_Point(Value(x))]
+    for stage in stages:
+        y = x if stage.conv == "none" else next(items)
+        norm = None if stage.norm == "none" else Norm(*next(items).unbind(0))
+        pooled, gate = (next(items), next(items)) if stage.gate else (None, None)
+        value = Value(y, norm and norm.scale, norm and norm.shift, stage.act, gate)
+        points.append(_Point(value, norm, pooled))
+    return points
+
+
+def backward(
+    kernels: Kernels,
+    dout: Tensor,
+    x: Tensor,
+    stages: Sequence[Stage],
+    flat: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    residual: bool,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x and of every parameter (None where ``needs`` says so), from the gradient of the output."""
+    parameters, wanted = stage_parameters(stages, flat), stage_parameters(stages, needs[1:])
+    points = _points(x, stages, saved)
+    gradients: list[dict] = [{} for _ in stages]
+    dx, dv = None, dout
+    sums = kernels.reduce_gradient(dout, points[-1].value, points[-1].norm)
+    for i in reversed(range(len(stages))):
+        stage, p, source = stages[i], parameters[i], points[i]
+        g, gradients[i] = _through_norm(kernels, stage, p, points[i + 1], dv, sums)
+        want_du = needs[0] or any(any(w.values()) for w in wanted[:i])
+        skip = dout if residual and i == 0 else None
+        if stage.conv == "none":
+            dv = kernels.materialize_gradient(g, skip) if want_du else None
+            sums = None
+        else:
+            extra = () if stage.conv == "pointwise" else (stage,)
+            run = kernels.pointwise_backward if stage.conv == "pointwise" else kernels.depthwise_backward
+            wants = (want_du, want_du and i > 0, wanted[i]["weight"])
+            dv, sums, gradients[i]["weight"] = run(g, p["weight"], *extra, source.value, source.norm, skip, *wants)
+        if not want_du:
+            break
+        dx = dv
+    found = [gradients[i].get(name) for i, stage in enumerate(stages) for name in stage.parameter_names]
+    typed = [g.to(p.dtype).reshape(p.shape) if need else None for g, p, need in zip(found, flat, needs[1:], strict=True)]
+    return [dx if needs[0] else None, *typed]
+
+
+def _through_norm(kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums: Tensor) -> tuple[Gradient, dict]:
+    """From the gradient of a stage's value and its sums: the gradient of its raw output, and those of its norm and gate."""
+    norm, value, found, q = point.norm, point.value, {}, None
+    if stage.gate:
+        t1, t2, t3, t4, t5 = sums.unbind(0)
+        dpooled, found = kernels.gate_backward(t1, point.pooled, p, stage.gate)
+        q = dpooled / (value.y.shape[2] * value.y.shape[3])
+        dbeta, dgamma = (value.gate * t2 + q * t3).sum(0), (value.gate * t4 + q * t5).sum(0)
+    else:
+        dbeta, dgamma = sums.unbind(0)
+    if norm is None:
+        return Gradient(dv, value, q), found
+    if stage.affine:
+        found["bn_weight"], found["bn_bias"] = dgamma, dbeta
+    a, b, c = norm.scale, None, None
+    if stage.norm == "batch":
+        count = max(value.y.numel() // max(value.y.shape[1], 1), 1)
+        b = -a * norm.rstd * (dgamma / count)
+        c = -a * (dbeta / count) - b * norm.mean
+    return Gradient(dv, value, q, a, b, c), found

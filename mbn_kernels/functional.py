@@ -1,0 +1,207 @@
+"""Fused operators as functions. Shapes are PyTorch's: activations ``[N, C, H, W]`` of any strides; outputs are channels-last.
+
+All are differentiable once in every tensor argument that stock PyTorch differentiates, work under ``torch.compile(fullgraph=True)`` and autocast, and
+accumulate in float32 (float64 for float64). Errors: ``TypeError`` and ``ValueError`` of one sentence, ``op: argument: expected …, got …``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, ops  # noqa: F401  (ops registers torch.ops.mbn.chain)
+from .chain import chain_spec, stage_spec
+
+Pair = int | tuple[int, int]
+
+
+class Running(NamedTuple):
+    """Running statistics to update after a batch, as ``nn.BatchNorm2d`` does; without tensors there is nothing to update."""
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    momentum: float | None = 0.1  # None: the cumulative mean over `count` batches
+    count: Tensor | None = None
+
+    def update(self, mean: Tensor, var: Tensor) -> None:
+        momentum = self.momentum
+        if self.count is not None:
+            self.count.add_(1)
+            momentum = 1.0 / float(self.count) if momentum is None else momentum
+        for running, batch in ((self.mean, mean), (self.var, var)):
+            if running is not None:
+                running.copy_((running.to(batch.dtype) * (1 - momentum)).add_(batch, alpha=momentum))
+
+
+def run_chain(
+    x: Tensor,
+    spec: str,
+    params: Sequence[Tensor],
+    running: Sequence[Running] = (),
+    residual: bool = False,
+) -> Tensor:
+    """Runs a chain of stages; adds ``x`` to its output if ``residual``.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        spec: from :func:`mbn_kernels.chain.chain_spec`.
+        params: the stages' parameters, flat, in the order of :attr:`mbn_kernels.chain.Stage.parameter_names`.
+        running: for each stage that uses batch statistics, the running ones to update in place.
+    """
+    save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    out, statistics, _ = torch.ops.mbn.chain(x, list(params), spec, residual, save, backends.choose(x.device))
+    with torch.no_grad():
+        for i, r in enumerate(running):
+            r.update(statistics[2 * i], statistics[2 * i + 1])
+    return out
+
+
+def _conv_bn_act(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    window: dict,
+    conv: str,
+    act: str,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+) -> Tensor:
+    for name, t in (("x", x), ("weight", weight)):
+        checks.check_tensor(op, name, t)
+    norm = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    for name, t in norm.items():
+        checks.check_tensor(op, name, t, optional=True)
+    checks.check_act(op, "act", act)
+    checks.check_bool(op, "training", training)
+    checks.check_number(op, "momentum", momentum)
+    checks.check_number(op, "eps", eps, least=0)
+    for a, b in (("bn_weight", "bn_bias"), ("running_mean", "running_var")):
+        if (norm[a] is None) != (norm[b] is None):
+            checks.fail(op, b if norm[b] is None else a, f"a tensor, as {a if norm[b] is None else b} is one", "None")
+    if not training and running_mean is None:
+        checks.fail(op, "running_mean", "a tensor when training is False", "None")
+    spec = stage_spec(
+        conv,
+        **window,
+        norm="batch" if training else "running",
+        affine=bn_weight is not None,
+        eps=float(eps),
+        act=act,
+    )
+    params = [weight, *(t for t in (bn_weight, bn_bias) if t is not None)]
+    if not training:
+        params += [running_mean, running_var]
+    running = [Running(running_mean, running_var, float(momentum))] if training else []
+    if training and running_mean is not None:
+        channels = weight.shape[0] if weight.dim() else 0
+        for name in ("running_mean", "running_var"):
+            if tuple(norm[name].shape) != (channels,) or norm[name].device != x.device:
+                checks.fail(op, name, f"shape ({channels},) on {x.device}", f"{tuple(norm[name].shape)} on {norm[name].device}")
+    # The chain's own residual is its input; another tensor is added to what it returns.
+    out = run_chain(x, chain_spec(op, [spec]), params, running, residual is x)
+    return out if residual is None or residual is x else out + residual
+
+
+def depthwise_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: Pair = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: Pair = 1,
+    act: str = "hardswish",
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``act(batch_norm(conv2d(x, weight, groups=C)))`` in one pass over ``x`` and one over the convolution's output.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[C, 1, kh, kw]``, kernel sizes odd, dtype of ``x``.
+        bn_weight, bn_bias: ``[C]``, or both None.
+        running_mean, running_var: ``[C]``; updated in place when ``training``, exactly as ``F.batch_norm`` does; both may be None then.
+        padding: one int, (height, width), or (top, bottom, left, right).
+        act: a name in :data:`mbn_kernels.activations.ACTIVATIONS`.
+        training: normalise by the batch's statistics, else by the running ones.
+    """
+    op = "depthwise_conv_bn_act"
+    checks.check_tensor(op, "weight", weight)
+    kernel = tuple(weight.shape[2:]) if weight.dim() == 4 else (1, 1)
+    if any(k % 2 == 0 for k in kernel):
+        checks.fail(op, "weight", "an odd kernel size", f"{kernel[0]}x{kernel[1]}")
+    stride = checks.integers(op, "stride", stride, (2,), 1)
+    dilation = checks.integers(op, "dilation", dilation, (2,), 1)
+    pads = checks.integers(op, "padding", padding, (2, 4), 0)
+    pads = pads if len(pads) == 4 else (pads[0], pads[0], pads[1], pads[1])
+    window = {"kernel": kernel, "stride": stride, "padding": pads, "dilation": dilation}
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    return _conv_bn_act(op, x, weight, *norm, window, "depthwise", act, training, momentum, eps, None)
+
+
+def pointwise_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    act: str = "hardswish",
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(batch_norm(conv2d(x, weight))) + residual`` for a 1x1 convolution.
+
+    Args:
+        x: ``[N, C_in, H, W]``.
+        weight: ``[C_out, C_in, 1, 1]``, dtype of ``x``.
+        residual: ``[N, C_out, H, W]`` added to the result, or None. Passing ``x`` itself fuses the addition.
+
+    The other arguments are those of :func:`depthwise_conv_bn_act`.
+    """
+    op = "pointwise_conv_bn_act"
+    checks.check_tensor(op, "residual", residual, optional=True)
+    if residual is not None and residual is not x:
+        checks.check_tensor(op, "x", x)
+        checks.check_tensor(op, "weight", weight)
+        if x.dim() == 4 and weight.dim() == 4:
+            shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+            if tuple(residual.shape) != shape or residual.device != x.device:
+                checks.fail(op, "residual", f"shape {shape} on {x.device}", f"{tuple(residual.shape)} on {residual.device}")
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    return _conv_bn_act(op, x, weight, *norm, {}, "pointwise", act, training, momentum, eps, residual)
+
+
+def squeeze_excite(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, act: str = "relu", gate: str = "hardsigmoid"
+) -> Tensor:
+    """``x * gate(act(mean_hw(x) w1^T + b1) w2^T + b2)``: squeeze-excite gating (Hu et al., arXiv 1709.01507).
+
+    Args:
+        x: ``[N, C, H, W]``; not modified.
+        w1, b1: ``[S, C]`` or ``[S, C, 1, 1]``, and ``[S]``.
+        w2, b2: ``[C, S]`` or ``[C, S, 1, 1]``, and ``[C]``.
+        act, gate: names in :data:`mbn_kernels.activations.ACTIVATIONS`.
+    """
+    op = "squeeze_excite"
+    for name, t in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        checks.check_tensor(op, name, t)
+    checks.check_act(op, "act", act)
+    checks.check_act(op, "gate", gate)
+    return run_chain(x, chain_spec(op, [stage_spec("none", gate=(act, gate))]), [w1, b1, w2, b2])

@@ -1,0 +1,21 @@
+"""Drop-in modules; see :mod:`mbn_kernels.modules.blocks`."""
+
+from .blocks import (
+    FusedDepthwiseConvBNAct,
+    FusedDepthwiseSeparable,
+    FusedInvResBlock,
+    FusedPointwiseConvBNAct,
+    FusedSqueezeExcite,
+    make_divisible,
+)
+from .fused import FusedModule
+
+__all__ = [
+    "FusedDepthwiseConvBNAct",
+    "FusedDepthwiseSeparable",
+    "FusedInvResBlock",
+    "FusedModule",
+    "FusedPointwiseConvBNAct",
+    "FusedSqueezeExcite",
+    "make_divisible",
+]

@@ -1,0 +1,241 @@
+"""The blocks of the MobileNet family as drop-in modules: ordinary children, one fused chain."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..checks import fail, integers
+from .fused import FusedModule, Unit
+
+#: Names of the non-linearity in constructors; "hs" is the MobileNetV3 tables' own.
+_ACT_MODULES = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hs": nn.Hardswish,
+    "hardswish": nn.Hardswish,
+    "silu": nn.SiLU,
+}
+
+
+def make_divisible(v: float, divisor: int = 8) -> int:
+    """The multiple of ``divisor`` nearest to v, never more than 10% below it (MobileNetV2, arXiv 1801.04381)."""
+    rounded = max(int(v + divisor / 2) // divisor * divisor, divisor)
+    return rounded + divisor if rounded < 0.9 * v else rounded
+
+
+def _act(op: str, name: str) -> nn.Module:
+    if name not in _ACT_MODULES:
+        fail(op, "nl", f"one of {', '.join(_ACT_MODULES)}", repr(name))
+    return _ACT_MODULES[name]()
+
+
+def _counts(op: str, **values: int) -> None:
+    for name, value in values.items():
+        integers(op, name, value, (1,), 1)
+
+
+def _odd(op: str, k: int) -> None:
+    _counts(op, k=k)
+    if k % 2 == 0:
+        fail(op, "k", "an odd kernel size", k)
+
+
+def _pointwise(c_in: int, c_out: int, act: nn.Module | None, eps: float, momentum: float) -> nn.Sequential:
+    layers = [nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, eps=eps, momentum=momentum)]
+    return nn.Sequential(*layers, *([act] if act else []))
+
+
+def _depthwise(
+    c: int, k: int, stride: int, dilation: int, padding: int | None, act: nn.Module, eps: float, momentum: float
+) -> nn.Sequential:
+    padding = dilation * (k - 1) // 2 if padding is None else padding
+    conv = nn.Conv2d(c, c, k, stride=stride, padding=padding, dilation=dilation, groups=c, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c, eps=eps, momentum=momentum), act)
+
+
+class FusedSqueezeExcite(FusedModule):
+    """Squeeze-excite gating, ``x * gate``, with keys ``excitation.0`` and ``excitation.2``; unlike the review's it leaves its input as it was.
+
+    Args:
+        channels: C of the input ``[N, C, H, W]``.
+        r: reduction; the layers are ``channels // r`` wide, or ``squeeze_channels`` where given.
+        fused: False runs the children one by one.
+    """
+
+    def __init__(self, channels: int, r: int = 4, *, squeeze_channels: int | None = None, fused: bool = True) -> None:
+        super().__init__(fused)
+        _counts("FusedSqueezeExcite", channels=channels, r=r)
+        squeeze = channels // r if squeeze_channels is None else squeeze_channels
+        _counts("FusedSqueezeExcite", squeeze_channels=squeeze)
+        self.squeeze = nn.AdaptiveAvgPool2d(1)
+        layers = [nn.Linear(channels, squeeze), nn.ReLU(), nn.Linear(squeeze, channels), nn.Hardsigmoid()]
+        self.excitation = nn.Sequential(*layers)
+
+    def units(self) -> list[Unit]:
+        return [Unit(None, None, None, self.excitation)]
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        gate = self.excitation(self.squeeze(x).flatten(1))
+        return x * gate[:, :, None, None]
+
+
+class _ConvBNAct(FusedModule):
+    """One stage whose children are ``0`` (convolution), ``1`` (batch norm), ``2`` (activation)."""
+
+    def __init__(self, layers: nn.Sequential, fused: bool) -> None:
+        super().__init__(fused)
+        for name, child in layers.named_children():
+            self.add_module(name, child)
+
+    def units(self) -> list[Unit]:
+        return [Unit(*self.children())]
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class FusedDepthwiseConvBNAct(_ConvBNAct):
+    """Depthwise k x k convolution, batch norm, activation.
+
+    Args:
+        channels: C of ``[N, C, H, W]``.
+        k: kernel size, odd. ``padding`` None keeps the size at stride 1.
+        act: identity, relu, relu6, hardswish (or hs), silu.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        k: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: int | None = None,
+        act: str = "hardswish",
+        bn_eps: float = 1e-5,
+        bn_momentum: float | None = 0.1,
+        fused: bool = True,
+    ) -> None:
+        op = "FusedDepthwiseConvBNAct"
+        _odd(op, k)
+        _counts(op, channels=channels, stride=stride, dilation=dilation)
+        if padding is not None:
+            integers(op, "padding", padding, (1,), 0)
+        super().__init__(_depthwise(channels, k, stride, dilation, padding, _act(op, act), bn_eps, bn_momentum), fused)
+
+
+class FusedPointwiseConvBNAct(_ConvBNAct):
+    """Pointwise 1x1 convolution, batch norm, activation: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        act: str = "hardswish",
+        bn_eps: float = 1e-5,
+        bn_momentum: float | None = 0.1,
+        fused: bool = True,
+    ) -> None:
+        op = "FusedPointwiseConvBNAct"
+        _counts(op, in_channels=in_channels, out_channels=out_channels)
+        super().__init__(_pointwise(in_channels, out_channels, _act(op, act), bn_eps, bn_momentum), fused)
+
+
+class _LayersBlock(FusedModule):
+    """A block whose stages are the children of ``layers``: Sequentials of (convolution, batch norm[, activation]) and squeeze-excites."""
+
+    layers: nn.Sequential
+    skip_connect = False
+
+    def units(self) -> list[Unit]:
+        units: list[Unit] = []
+        for layer in self.layers:
+            if isinstance(layer, FusedSqueezeExcite):
+                units[-1] = units[-1]._replace(excitation=layer.excitation)
+            else:
+                units.append(Unit(*layer))
+        return units
+
+    def has_residual(self) -> bool:
+        return self.skip_connect
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return x + y if self.skip_connect else y
+
+
+class FusedDepthwiseSeparable(_LayersBlock):
+    """MobileNetV1's block (arXiv 1704.04861): depthwise k x k and pointwise convolution, each with batch norm and ``nl``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        k: int = 3,
+        s: int = 1,
+        *,
+        nl: str = "relu",
+        bn_eps: float = 1e-5,
+        bn_momentum: float | None = 0.1,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(fused)
+        op = "FusedDepthwiseSeparable"
+        _odd(op, k)
+        _counts(op, in_channels=in_channels, out_channels=out_channels, s=s)
+        self.layers = nn.Sequential(
+            _depthwise(in_channels, k, s, 1, None, _act(op, nl), bn_eps, bn_momentum),
+            _pointwise(in_channels, out_channels, _act(op, nl), bn_eps, bn_momentum),
+        )
+
+
+class FusedInvResBlock(_LayersBlock):
+    """The inverted residual block of MobileNetV2 (arXiv 1801.04381) and V3 (arXiv 1905.02244).
+
+    Expand 1x1 (none where in_channels == exp_channels), depthwise k x k, squeeze-excite if ``se``, project 1x1 without activation; plus the input where
+    the stride is 1 and in_channels == out_channels.
+
+    Args:
+        in_channels, exp_channels, out_channels: widths; ``[N, in_channels, H, W]`` to ``[N, out_channels, ceil(H/s), ceil(W/s)]``.
+        k: depthwise kernel size, odd.
+        se: squeeze-excite, ``exp_channels // 4`` wide if ``squeeze_divisor`` is 1, else rounded by :func:`make_divisible`.
+        nl: "relu", "relu6", "hs" (hard-swish) or "silu".
+        s: depthwise stride.
+        fused: False runs the children one by one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        k: int,
+        exp_channels: int,
+        out_channels: int,
+        se: bool,
+        nl: str,
+        s: int,
+        *,
+        bn_eps: float = 1e-5,
+        bn_momentum: float | None = 0.99,
+        squeeze_divisor: int = 1,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(fused)
+        op = "FusedInvResBlock"
+        _odd(op, k)
+        _counts(op, in_channels=in_channels, exp_channels=exp_channels, out_channels=out_channels, s=s)
+        _counts(op, squeeze_divisor=squeeze_divisor)
+        self.se = bool(se)
+        self.skip_connect = s == 1 and in_channels == out_channels
+        layers: list[nn.Module] = []
+        if in_channels != exp_channels:
+            layers.append(_pointwise(in_channels, exp_channels, _act(op, nl), bn_eps, bn_momentum))
+        layers.append(_depthwise(exp_channels, k, s, 1, None, _act(op, nl), bn_eps, bn_momentum))
+        if self.se:
+            squeeze = exp_channels // 4 if squeeze_divisor == 1 else make_divisible(exp_channels / 4, squeeze_divisor)
+            layers.append(FusedSqueezeExcite(exp_channels, squeeze_channels=squeeze, fused=fused))
+        layers.append(_pointwise(exp_channels, out_channels, None, bn_eps, bn_momentum))
+        self.layers = nn.Sequential(*layers)

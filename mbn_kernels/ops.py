@@ -1,0 +1,162 @@
+"""The differentiable operators ``torch.ops.mbn.chain`` and ``chain_backward``: one call runs a whole chain of stages.
+
+A chain is text (:func:`mbn_kernels.chain.chain_spec`) and a flat list of parameters. Both operators are opaque to ``torch.compile``, have exact
+fake kernels, an autocast rule (activations and convolution weights, never batch norm or gate parameters) and a flop formula. Arguments are checked
+here, once, for eager and compiled callers alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends, chain
+from .checks import check_chain
+from .schemas import library
+
+library.define(
+    "chain(Tensor x, Tensor[] params, str spec, bool residual, bool save, str backend) -> (Tensor, Tensor[], Tensor[])"
+)
+library.define(
+    "chain_backward(Tensor dout, Tensor x, Tensor[] params, Tensor[] saved, str spec, bool residual, bool[] needs, str backend)"
+    " -> Tensor[]"
+)
+_OP, _BACKWARD_OP = torch.ops.mbn.chain.default, torch.ops.mbn.chain_backward.default
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _chain(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
+    name, stages = chain.parse(spec)
+    check_chain(name, x, stages, params, residual)
+    unsupported = backends.get(backend).supports(x.device, x.dtype)
+    if unsupported:
+        raise TypeError(f"{name}: x: backend {backend!r} expected {unsupported}")
+    return chain.forward(backends.get(backend).kernels, _channels_last(x), stages, params, residual, save)
+
+
+def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
+    name, stages = chain.parse(spec)
+    check_chain(name, x, stages, params, residual)
+    dtype, shape, statistics, saved = chain.accumulate_dtype(x.dtype), tuple(x.shape), [], []
+    for stage, p in zip(stages, chain.stage_parameters(stages, params), strict=True):
+        shape = stage.output_shape(shape, p["weight"].shape if "weight" in p else None)
+        if stage.norm == "batch":
+            statistics += [x.new_empty(shape[1], dtype=dtype) for _ in range(2)]
+        if stage.conv != "none":
+            saved.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
+        if stage.norm != "none":
+            saved.append(x.new_empty((4, shape[1]), dtype=dtype))
+        if stage.gate:
+            saved += [x.new_empty(shape[:2], dtype=dtype) for _ in range(2)]
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return out, statistics, saved if save else []
+
+
+def _chain_backward(
+    dout: Tensor,
+    x: Tensor,
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    spec: str,
+    residual: bool,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    stages = chain.parse(spec)[1]
+    found = chain.backward(
+        backends.get(backend).kernels, _channels_last(dout), _channels_last(x), stages, params, saved, residual, needs
+    )
+    return [g for g in found if g is not None]
+
+
+def _chain_backward_fake(dout, x, params, saved, spec, residual, needs, backend):
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grads = [dx, *(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params)]
+    return [g for g, need in zip(grads, needs, strict=True) if need]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, params, ctx.spec, ctx.residual, save, ctx.backend = inputs
+    _, statistics, saved = output
+    if not save:
+        raise RuntimeError("mbn::chain: save: expected True where a gradient is required, got False")
+    # Statistics and saved tensors are results for the caller and for backward, not functions to differentiate; without
+    # this, autograd would also make a zero gradient as large as each of them.
+    ctx.mark_non_differentiable(*statistics, *saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *params, *saved)
+    ctx.count = len(params)
+
+
+def _differentiate(ctx, dout: Tensor | None, _statistics, _saved):
+    x, *rest = ctx.saved_tensors
+    params, saved = rest[: ctx.count], rest[ctx.count :]
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    if dout is None:
+        return None, [None] * ctx.count, None, None, None, None
+    found = iter(_BACKWARD_OP(dout, x, params, saved, ctx.spec, ctx.residual, needs, ctx.backend))
+    dx, *grads = [next(found) if need else None for need in needs]
+    return dx, grads, None, None, None, None
+
+
+def _twice(ctx, *grads):
+    raise NotImplementedError("mbn_kernels: double backward: expected one differentiation, got a second; it is not supported")
+
+
+def _autocast(device_type: str):
+    key = getattr(torch._C.DispatchKey, "Autocast" + device_type.upper())
+
+    def run(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
+        dtype = torch.get_autocast_dtype(device_type)
+        stages = chain.parse(spec)[1]
+        names = [name for stage in stages for name in stage.parameter_names]
+        if x.dtype != torch.float64:
+            x = x.to(dtype)
+            params = [p.to(dtype) if name == "weight" else p for p, name in zip(params, names, strict=True)]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return _OP(x, params, spec, residual, save, backend)
+
+    return run
+
+
+library.impl("chain", _chain, "CompositeExplicitAutograd")
+library.impl("chain_backward", _chain_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("mbn::chain", _chain_fake, lib=library)
+torch.library.register_fake("mbn::chain_backward", _chain_backward_fake, lib=library)
+torch.library.register_autograd("mbn::chain", _differentiate, setup_context=_setup_context, lib=library)
+torch.library.register_autograd("mbn::chain_backward", _twice, lib=library)
+for _type in ("CPU", "CUDA"):
+    library.impl("chain", _autocast(_type.lower()), "Autocast" + _type)
+
+
+def _flops(x_shape: Sequence[int], param_shapes: Sequence[Sequence[int]], spec: str) -> list[tuple[int, int]]:
+    """(convolution, gate) multiply-add flops of each stage, by the convention of torch.utils.flop_counter: two per multiply-add."""
+    stages, shape, counts = chain.parse(spec)[1], tuple(x_shape), []
+    for stage, p in zip(stages, chain.stage_parameters(stages, param_shapes), strict=True):
+        shape = stage.output_shape(shape, p.get("weight"))
+        n, c, h, w = shape
+        per_output = 0 if stage.conv == "none" else p["weight"][1] * stage.kernel[0] * stage.kernel[1]
+        counts.append((2 * n * c * h * w * per_output, 4 * n * c * p["w1"][0] if stage.gate else 0))
+    return counts
+
+
+@register_flop_formula(torch.ops.mbn.chain)
+def _chain_flops(x_shape, param_shapes, spec, residual, save, backend, *args, out_shape=None, **kwargs) -> int:
+    return sum(conv + gate for conv, gate in _flops(x_shape, param_shapes, spec))
+
+
+@register_flop_formula(torch.ops.mbn.chain_backward)
+def _chain_backward_flops(dout_shape, x_shape, param_shapes, saved, spec, residual, needs, *args, **kwargs) -> int:
+    """Each convolution's input gradient and weight gradient cost what its forward does, where they are asked for."""
+    stages, counts = chain.parse(spec)[1], _flops(x_shape, param_shapes, spec)
+    wanted, total, upstream = chain.stage_parameters(stages, needs[1:]), 0, needs[0]
+    for (conv, gate), w in zip(counts, wanted, strict=True):
+        total += conv * (upstream + w.get("weight", False)) + 2 * gate
+        upstream = upstream or any(w.values())
+    return total

@@ -1,0 +1,42 @@
+"""Schemas of the kernel operators ``torch.ops.mbn.*`` that compiled backends implement.
+
+Python defines, C++ only implements: ``csrc/cpu`` registers the CPU kernels against these schemas, a CUDA library can register its own. Every
+operator writes into tensors that its caller allocated, so a fake kernel has nothing to do.
+
+Activations ``[N, C, H, W]`` are dense channels-last in the storage dtype; per-channel vectors ``[C]``, gates ``[N, C]`` and sums are in the accumulation
+dtype (float64 for float64, else float32). A *value* is ``act(scale*y + shift) * gate``; a *gradient* is
+``a*((dv*gate + q) * act'(scale*y + shift)) + b*y + c``. See :mod:`mbn_kernels.chain` for what they mean.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_VALUE = "Tensor u_y, Tensor? u_scale, Tensor? u_shift, Tensor? u_gate, int u_act"
+_GRADIENT = (
+    "Tensor g_dv, Tensor? g_y, Tensor? g_scale, Tensor? g_shift, Tensor? g_gate, int g_act, "
+    "Tensor? g_q, Tensor? g_a, Tensor? g_b, Tensor? g_c"
+)
+_WINDOW = "int[2] stride, int[4] padding, int[2] dilation"
+_STATISTICS = "Tensor(b!)? mean, Tensor(c!)? var"
+_BACKWARD = (
+    "Tensor weight, Tensor? residual, Tensor? mean, Tensor? rstd, Tensor(a!)? du, Tensor(b!)? sums, Tensor(c!)? dweight"
+)
+
+#: name -> arguments; every operator returns nothing.
+KERNEL_SCHEMAS = {
+    "pointwise_forward": f"{_VALUE}, Tensor weight, Tensor(a!) y, {_STATISTICS}",
+    "pointwise_backward": f"{_GRADIENT}, {_VALUE}, {_BACKWARD}",
+    "depthwise_forward": f"{_VALUE}, Tensor weight, {_WINDOW}, Tensor(a!) y, {_STATISTICS}",
+    "depthwise_backward": f"{_GRADIENT}, {_VALUE}, {_WINDOW}, {_BACKWARD}",
+    "pool": f"{_VALUE}, Tensor(a!) pooled",
+    "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
+    "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",
+    "reduce_gradient": f"Tensor dv, {_VALUE}, Tensor? mean, Tensor? rstd, Tensor(a!) sums",
+}
+
+library = torch.library.Library("mbn", "DEF")
+for _name, _arguments in KERNEL_SCHEMAS.items():
+    library.define(f"{_name}({_arguments}) -> ()")
+    torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
+library.define("cpu_instruction_set() -> str")
