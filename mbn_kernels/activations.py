@@ -1,7 +1,7 @@
 """Activations and their derivatives, defined once for everything written in Python.
 
-``csrc/activation.h`` is the same table for C++ and CUDA; the codes are part of the kernel operators' schemas. At a kink the derivative is the
-subgradient that PyTorch gives, and NaN passes through.
+``csrc/activation.h`` is the same table for C++ and CUDA; the codes are part of the kernel operators' schemas. At a
+kink the derivative is the subgradient that PyTorch gives, and NaN passes through.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """One activation: its code in ``csrc/activation.h``, its value and its derivative, both as functions of the input."""
+    """One activation: its code in ``csrc/activation.h``, its value and its derivative, as functions of the input."""
 
     code: int
     value: Callable[[Tensor], Tensor]

@@ -1,19 +1,21 @@
 """The chain engine: the forward and backward order of every block, once, for every backend.
 
-A block is a chain of stages; a stage is a convolution (pointwise or depthwise), batch norm, an activation and, optionally, a squeeze-excite gate.
-Only each convolution's raw output ``y`` is stored. Everything after it is a :class:`Value`, applied by the next kernel as it loads:
+A block is a chain of stages; a stage is a convolution (pointwise or depthwise), batch norm, an activation and,
+optionally, a squeeze-excite gate. Only each convolution's raw output ``y`` is stored. Everything after it is a
+:class:`Value`, applied by the next kernel as it loads:
 
     value = act(scale*y + shift) * gate        scale = gamma*rstd, shift = beta - mean*scale
 
-The gradient of a raw output is a :class:`Gradient`, applied on load as well. With dv the gradient of the value, n = scale*y + shift,
-x = (y - mean)*rstd and M values per channel:
+The gradient of a raw output is a :class:`Gradient`, applied on load as well. With dv the gradient of the value, n =
+scale*y + shift, x = (y - mean)*rstd and M values per channel:
 
     dy = a*((dv*gate + q)*act'(n)) + b*y + c    a = gamma*rstd
                                                 b = -gamma*rstd^2 * dgamma/M
                                                 c = -gamma*rstd * dbeta/M - b*mean
 
-where q, the gradient that reaches the value through the squeezed mean, is 0 without a gate, and b = c = 0 where the statistics are not the batch's.
-The kernel that computes dv accumulates, in the same pass, the sums from which dbeta, dgamma, the gate's gradient and so a, b, c follow.
+where q, the gradient that reaches the value through the squeezed mean, is 0 without a gate, and b = c = 0 where the
+statistics are not the batch's. The kernel that computes dv accumulates, in the same pass, the sums from which dbeta,
+dgamma, the gate's gradient and so a, b, c follow.
 """
 
 from __future__ import annotations
@@ -27,12 +29,19 @@ import torch
 from torch import Tensor
 
 # Parameters of a stage, in this order; a stage holds those that its fields call for.
-WEIGHT, NORM, RUNNING, GATE = ("weight",), ("bn_weight", "bn_bias"), ("running_mean", "running_var"), ("w1", "b1", "w2", "b2")
+WEIGHT, NORM, RUNNING, GATE = (
+    ("weight",),
+    ("bn_weight", "bn_bias"),
+    ("running_mean", "running_var"),
+    ("w1", "b1", "w2", "b2"),
+)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage computes. ``conv`` is "pointwise", "depthwise" or "none"; ``norm`` is "batch", "running" or "none"."""
+    """What one stage computes. ``conv`` is "pointwise", "depthwise" or "none"; ``norm`` is "batch", "running" or
+    "none".
+    """
 
     conv: str
     kernel: tuple[int, int]
@@ -76,7 +85,9 @@ def stage_spec(
     act: str = "identity",
     gate: tuple[str, str] | None = None,
 ) -> str:
-    """One stage as text. The operators take a chain as text because a string is what a schema, a graph and a cache can hold."""
+    """One stage as text. The operators take a chain as text because a string is what a schema, a graph and a cache can
+    hold.
+    """
     gate_text = f"{gate[0]}/{gate[1]}" if gate else "-"
     return (
         f"{conv} {kernel[0]},{kernel[1]} {stride[0]},{stride[1]} {padding[0]},{padding[1]},{padding[2]},{padding[3]} "
@@ -134,7 +145,9 @@ class Value(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """The gradient of a raw output, not stored: ``a*((dv*gate + q)*act'(scale*y + shift)) + b*y + c``; None stands for 1 and 0."""
+    """The gradient of a raw output, not stored: ``a*((dv*gate + q)*act'(scale*y + shift)) + b*y + c``; None stands for
+    1 and 0.
+    """
 
     dv: Tensor
     of: Value
@@ -156,9 +169,9 @@ class Norm(NamedTuple):
 class Kernels(Protocol):
     """What a backend implements. Activations are channels-last; per-channel numbers are in :func:`accumulate_dtype`.
 
-    ``forward`` kernels return (y, mean, biased var), the last two None unless ``statistics``. ``backward`` kernels return (du, sums, dweight),
-    each None where not wanted; ``du`` is the gradient of the value ``u`` plus ``residual``, and ``sums`` are those of
-    :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
+    ``forward`` kernels return (y, mean, biased var), the last two None unless ``statistics``. ``backward`` kernels
+    return (du, sums, dweight), each None where not wanted; ``du`` is the gradient of the value ``u`` plus
+    ``residual``, and ``sums`` are those of :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
     """
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool): ...
@@ -175,10 +188,14 @@ class Kernels(Protocol):
     def materialize(self, u: Value, residual: Tensor | None) -> Tensor: ...
     def materialize_gradient(self, g: Gradient, residual: Tensor | None) -> Tensor: ...
     def reduce_gradient(self, dv: Tensor, u: Value, norm: Norm | None) -> Tensor:
-        """With d = act'(n): ``[2, C]`` sums of dv*d and dv*d*x; with a gate ``[5, N, C]`` sums of dv*act(n), dv*d, d, dv*d*x, d*x."""
+        """With d = act'(n): ``[2, C]`` sums of dv*d and dv*d*x; with a gate ``[5, N, C]`` sums of dv*act(n), dv*d, d,
+        dv*d*x, d*x.
+        """
 
     def pointwise_backward(self, g: Gradient, weight, u: Value, norm, residual, want_du, want_sums, want_dweight): ...
-    def depthwise_backward(self, g: Gradient, weight, stage, u: Value, norm, residual, want_du, want_sums, want_dweight): ...
+    def depthwise_backward(
+        self, g: Gradient, weight, stage, u: Value, norm, residual, want_du, want_sums, want_dweight
+    ): ...
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -188,7 +205,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def forward(
     kernels: Kernels, x: Tensor, stages: Sequence[Stage], flat: Sequence[Tensor], residual: bool, save: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Runs the chain: (output, [mean, unbiased var of each batch-normalised stage], what :func:`backward` needs besides x and parameters)."""
+    """Runs the chain: (output, [mean, unbiased var of each batch-normalised stage], what :func:`backward` needs
+    besides x and parameters).
+    """
     u, statistics, saved = Value(x), [], []
     for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
         batch = stage.norm == "batch"
@@ -279,12 +298,18 @@ def backward(
             break
         dx = dv
     found = [gradients[i].get(name) for i, stage in enumerate(stages) for name in stage.parameter_names]
-    typed = [g.to(p.dtype).reshape(p.shape) if need else None for g, p, need in zip(found, flat, needs[1:], strict=True)]
+    typed = [
+        g.to(p.dtype).reshape(p.shape) if need else None for g, p, need in zip(found, flat, needs[1:], strict=True)
+    ]
     return [dx if needs[0] else None, *typed]
 
 
-def _through_norm(kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums: Tensor) -> tuple[Gradient, dict]:
-    """From the gradient of a stage's value and its sums: the gradient of its raw output, and those of its norm and gate."""
+def _through_norm(
+    kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums: Tensor
+) -> tuple[Gradient, dict]:
+    """From the gradient of a stage's value and its sums: the gradient of its raw output, and those of its norm and
+    gate.
+    """
     norm, value, found, q = point.norm, point.value, {}, None
     if stage.gate:
         t1, t2, t3, t4, t5 = sums.unbind(0)

@@ -41,7 +41,9 @@ def check_act(op: str, argument: str, name: Any) -> None:
 
 
 def integers(op: str, argument: str, value: Any, counts: Sequence[int], least: int) -> tuple[int, ...]:
-    """An int, or a sequence of as many ints as one of ``counts``, each at least ``least``; an int is repeated counts[0] times."""
+    """An int, or a sequence of as many ints as one of ``counts``, each at least ``least``; an int is repeated
+    counts[0] times.
+    """
     values = (value,) * counts[0] if isinstance(value, int) else value
     if not isinstance(values, (tuple, list)) or len(values) not in counts:
         lengths = " or ".join(str(c) for c in counts)

@@ -1,7 +1,9 @@
-"""Fused operators as functions. Shapes are PyTorch's: activations ``[N, C, H, W]`` of any strides; outputs are channels-last.
+"""Fused operators as functions. Shapes are PyTorch's: activations ``[N, C, H, W]`` of any strides; outputs are
+channels-last.
 
-All are differentiable once in every tensor argument that stock PyTorch differentiates, work under ``torch.compile(fullgraph=True)`` and autocast, and
-accumulate in float32 (float64 for float64). Errors: ``TypeError`` and ``ValueError`` of one sentence, ``op: argument: expected …, got …``.
+All are differentiable once in every tensor argument that stock PyTorch differentiates, work under
+``torch.compile(fullgraph=True)`` and autocast, and accumulate in float32 (float64 for float64). Errors: ``TypeError``
+and ``ValueError`` of one sentence, ``op: argument: expected …, got …``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Pair = int | tuple[int, int]
 
 
 class Running(NamedTuple):
-    """Running statistics to update after a batch, as ``nn.BatchNorm2d`` does; without tensors there is nothing to update."""
+    """Running statistics to update after a batch, as ``nn.BatchNorm2d`` does; without tensors there is nothing to
+    update.
+    """
 
     mean: Tensor | None = None
     var: Tensor | None = None
@@ -105,7 +109,9 @@ def _conv_bn_act(
         channels = weight.shape[0] if weight.dim() else 0
         for name in ("running_mean", "running_var"):
             if tuple(norm[name].shape) != (channels,) or norm[name].device != x.device:
-                checks.fail(op, name, f"shape ({channels},) on {x.device}", f"{tuple(norm[name].shape)} on {norm[name].device}")
+                checks.fail(
+                    op, name, f"shape ({channels},) on {x.device}", f"{tuple(norm[name].shape)} on {norm[name].device}"
+                )
     # The chain's own residual is its input; another tensor is added to what it returns.
     out = run_chain(x, chain_spec(op, [spec]), params, running, residual is x)
     return out if residual is None or residual is x else out + residual
@@ -133,7 +139,8 @@ def depthwise_conv_bn_act(
         x: ``[N, C, H, W]``.
         weight: ``[C, 1, kh, kw]``, kernel sizes odd, dtype of ``x``.
         bn_weight, bn_bias: ``[C]``, or both None.
-        running_mean, running_var: ``[C]``; updated in place when ``training``, exactly as ``F.batch_norm`` does; both may be None then.
+        running_mean, running_var: ``[C]``; updated in place when ``training``, exactly as ``F.batch_norm`` does;
+            both may be None then.
         padding: one int, (height, width), or (top, bottom, left, right).
         act: a name in :data:`mbn_kernels.activations.ACTIVATIONS`.
         training: normalise by the batch's statistics, else by the running ones.
@@ -183,7 +190,9 @@ def pointwise_conv_bn_act(
         if x.dim() == 4 and weight.dim() == 4:
             shape = (x.shape[0], weight.shape[0], *x.shape[2:])
             if tuple(residual.shape) != shape or residual.device != x.device:
-                checks.fail(op, "residual", f"shape {shape} on {x.device}", f"{tuple(residual.shape)} on {residual.device}")
+                checks.fail(
+                    op, "residual", f"shape {shape} on {x.device}", f"{tuple(residual.shape)} on {residual.device}"
+                )
     norm = (bn_weight, bn_bias, running_mean, running_var)
     return _conv_bn_act(op, x, weight, *norm, {}, "pointwise", act, training, momentum, eps, residual)
 

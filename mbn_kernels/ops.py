@@ -1,8 +1,8 @@
 """The differentiable operators ``torch.ops.mbn.chain`` and ``chain_backward``: one call runs a whole chain of stages.
 
-A chain is text (:func:`mbn_kernels.chain.chain_spec`) and a flat list of parameters. Both operators are opaque to ``torch.compile``, have exact
-fake kernels, an autocast rule (activations and convolution weights, never batch norm or gate parameters) and a flop formula. Arguments are checked
-here, once, for eager and compiled callers alike.
+A chain is text (:func:`mbn_kernels.chain.chain_spec`) and a flat list of parameters. Both operators are opaque to
+``torch.compile``, have exact fake kernels, an autocast rule (activations and convolution weights, never batch norm or
+gate parameters) and a flop formula. Arguments are checked here, once, for eager and compiled callers alike.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ library.define(
     "chain(Tensor x, Tensor[] params, str spec, bool residual, bool save, str backend) -> (Tensor, Tensor[], Tensor[])"
 )
 library.define(
-    "chain_backward(Tensor dout, Tensor x, Tensor[] params, Tensor[] saved, str spec, bool residual, bool[] needs, str backend)"
-    " -> Tensor[]"
+    "chain_backward(Tensor dout, Tensor x, Tensor[] params, Tensor[] saved, str spec, bool residual, bool[] needs, "
+    "str backend) -> Tensor[]"
 )
 _OP, _BACKWARD_OP = torch.ops.mbn.chain.default, torch.ops.mbn.chain_backward.default
 
@@ -106,7 +106,9 @@ def _differentiate(ctx, dout: Tensor | None, _statistics, _saved):
 
 
 def _twice(ctx, *grads):
-    raise NotImplementedError("mbn_kernels: double backward: expected one differentiation, got a second; it is not supported")
+    raise NotImplementedError(
+        "mbn_kernels: double backward: expected one differentiation, got a second; it is not supported"
+    )
 
 
 def _autocast(device_type: str):
@@ -136,7 +138,9 @@ for _type in ("CPU", "CUDA"):
 
 
 def _flops(x_shape: Sequence[int], param_shapes: Sequence[Sequence[int]], spec: str) -> list[tuple[int, int]]:
-    """(convolution, gate) multiply-add flops of each stage, by the convention of torch.utils.flop_counter: two per multiply-add."""
+    """(convolution, gate) multiply-add flops of each stage, by the convention of torch.utils.flop_counter: two per
+    multiply-add.
+    """
     stages, shape, counts = chain.parse(spec)[1], tuple(x_shape), []
     for stage, p in zip(stages, chain.stage_parameters(stages, param_shapes), strict=True):
         shape = stage.output_shape(shape, p.get("weight"))

@@ -1,11 +1,12 @@
 """Schemas of the kernel operators ``torch.ops.mbn.*`` that compiled backends implement.
 
-Python defines, C++ only implements: ``csrc/cpu`` registers the CPU kernels against these schemas, a CUDA library can register its own. Every
-operator writes into tensors that its caller allocated, so a fake kernel has nothing to do.
+Python defines, C++ only implements: ``csrc/cpu`` registers the CPU kernels against these schemas, a CUDA library can
+register its own. Every operator writes into tensors that its caller allocated, so a fake kernel has nothing to do.
 
-Activations ``[N, C, H, W]`` are dense channels-last in the storage dtype; per-channel vectors ``[C]``, gates ``[N, C]`` and sums are in the accumulation
-dtype (float64 for float64, else float32). A *value* is ``act(scale*y + shift) * gate``; a *gradient* is
-``a*((dv*gate + q) * act'(scale*y + shift)) + b*y + c``. See :mod:`mbn_kernels.chain` for what they mean.
+Activations ``[N, C, H, W]`` are dense channels-last in the storage dtype; per-channel vectors ``[C]``, gates ``[N,
+C]`` and sums are in the accumulation dtype (float64 for float64, else float32). A *value* is ``act(scale*y + shift) *
+gate``; a *gradient* is ``a*((dv*gate + q) * act'(scale*y + shift)) + b*y + c``. See :mod:`mbn_kernels.chain` for what
+they mean.
 """
 
 from __future__ import annotations

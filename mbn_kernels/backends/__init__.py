@@ -53,7 +53,7 @@ def get(name: str) -> Backend:
     return backend
 
 
-class use_backend:  # noqa: N801  (reads as a verb: `with use_backend("reference"):`)
+class use_backend:
     """Chooses the backend for every call from now on, in all threads; None goes back to the choice by device.
 
     As a context manager, the former choice comes back at the end of the block::

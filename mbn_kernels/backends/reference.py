@@ -1,4 +1,6 @@
-"""The reference backend: every kernel in plain PyTorch, for any floating dtype and device. It is the oracle that the others are tested against."""
+"""The reference backend: every kernel in plain PyTorch, for any floating dtype and device. It is the oracle that the
+others are tested against.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def gate_forward(pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) ->
     return ACTIVATIONS[acts[1]].value(F.linear(ACTIVATIONS[acts[0]].value(hidden), w2, b2))
 
 
-def gate_backward(dgate: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) -> tuple[Tensor, dict[str, Tensor]]:
+def gate_backward(
+    dgate: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]
+) -> tuple[Tensor, dict[str, Tensor]]:
     # The two layers are recomputed: they are (N, C) small, and so nothing but `pooled` is saved for them.
     w1, b1, w2, b2 = _gate_parameters(pooled, p)
     hidden = F.linear(pooled, w1, b1)

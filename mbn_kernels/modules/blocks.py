@@ -55,7 +55,8 @@ def _depthwise(
 
 
 class FusedSqueezeExcite(FusedModule):
-    """Squeeze-excite gating, ``x * gate``, with keys ``excitation.0`` and ``excitation.2``; unlike the review's it leaves its input as it was.
+    """Squeeze-excite gating, ``x * gate``, with keys ``excitation.0`` and ``excitation.2``; unlike the review's it
+    leaves its input as it was.
 
     Args:
         channels: C of the input ``[N, C, H, W]``.
@@ -146,7 +147,9 @@ class FusedPointwiseConvBNAct(_ConvBNAct):
 
 
 class _LayersBlock(FusedModule):
-    """A block whose stages are the children of ``layers``: Sequentials of (convolution, batch norm[, activation]) and squeeze-excites."""
+    """A block whose stages are the children of ``layers``: Sequentials of (convolution, batch norm[, activation]) and
+    squeeze-excites.
+    """
 
     layers: nn.Sequential
     skip_connect = False
@@ -169,7 +172,9 @@ class _LayersBlock(FusedModule):
 
 
 class FusedDepthwiseSeparable(_LayersBlock):
-    """MobileNetV1's block (arXiv 1704.04861): depthwise k x k and pointwise convolution, each with batch norm and ``nl``."""
+    """MobileNetV1's block (arXiv 1704.04861): depthwise k x k and pointwise convolution, each with batch norm and
+    ``nl``.
+    """
 
     def __init__(
         self,
@@ -196,13 +201,15 @@ class FusedDepthwiseSeparable(_LayersBlock):
 class FusedInvResBlock(_LayersBlock):
     """The inverted residual block of MobileNetV2 (arXiv 1801.04381) and V3 (arXiv 1905.02244).
 
-    Expand 1x1 (none where in_channels == exp_channels), depthwise k x k, squeeze-excite if ``se``, project 1x1 without activation; plus the input where
-    the stride is 1 and in_channels == out_channels.
+    Expand 1x1 (none where in_channels == exp_channels), depthwise k x k, squeeze-excite if ``se``, project 1x1 without
+    activation; plus the input where the stride is 1 and in_channels == out_channels.
 
     Args:
-        in_channels, exp_channels, out_channels: widths; ``[N, in_channels, H, W]`` to ``[N, out_channels, ceil(H/s), ceil(W/s)]``.
+        in_channels, exp_channels, out_channels: widths; ``[N, in_channels, H, W]`` to
+            ``[N, out_channels, ceil(H/s), ceil(W/s)]``.
         k: depthwise kernel size, odd.
-        se: squeeze-excite, ``exp_channels // 4`` wide if ``squeeze_divisor`` is 1, else rounded by :func:`make_divisible`.
+        se: squeeze-excite, ``exp_channels // 4`` wide if ``squeeze_divisor`` is 1, else rounded by
+            :func:`make_divisible`.
         nl: "relu", "relu6", "hs" (hard-swish) or "silu".
         s: depthwise stride.
         fused: False runs the children one by one.

@@ -27,7 +27,8 @@ def act_name(module: nn.Module | None) -> str | None:
 
 
 class Unit(NamedTuple):
-    """One stage as modules: a convolution, its batch norm, an activation, and the (fc, act, fc, gate) of a squeeze-excite behind it.
+    """One stage as modules: a convolution, its batch norm, an activation, and the (fc, act, fc, gate) of a
+    squeeze-excite behind it.
 
     Without convolution and batch norm it is a squeeze-excite alone.
     """
@@ -79,9 +80,9 @@ def _unit_reason(unit: Unit) -> str | None:
 class FusedModule(nn.Module):
     """A module whose children are ordinary PyTorch modules and whose forward runs them as one fused chain.
 
-    The children own the parameters and buffers, so state_dict, optimizers, pruning and conversion find what they expect. Where a
-    child is no longer what the chain knows (another class, a forward or backward hook on it), the children run one after another as
-    they are; :meth:`why_not_fused` says so.
+    The children own the parameters and buffers, so state_dict, optimizers, pruning and conversion find what they
+    expect. Where a child is no longer what the chain knows (another class, a forward or backward hook on it), the
+    children run one after another as they are; :meth:`why_not_fused` says so.
     """
 
     def __init__(self, fused: bool) -> None:
