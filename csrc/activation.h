@@ -45,7 +45,7 @@ MBN_INLINE V hard_logistic(V n) {
   V t = n + 3;
   t = t < 0 ? V{} : t;
   t = t > 6 ? V{} + 6 : t;
-  return t / 6;
+  return t * ((V{} + 1) / 6);  // a division per element costs more than the rest of a kernel
 }
 
 template <Act A, class V>
@@ -71,7 +71,7 @@ MBN_INLINE V activate_grad(V n) {
     return n >= 6 ? zero : t;
   }
   if constexpr (A == Act::hardswish) {
-    V t = n / 3 + V{} + (one / 2);
+    V t = n * (one / 3) + one / 2;
     t = n <= -3 ? zero : t;
     return n >= 3 ? one : t;
   }

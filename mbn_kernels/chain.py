@@ -174,6 +174,12 @@ class Kernels(Protocol):
     ``residual``, and ``sums`` are those of :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
     """
 
+    def evaluates(self, stages: Sequence[Stage]) -> bool:
+        """Whether :meth:`evaluate` runs this chain; every stage then normalises by its running statistics."""
+
+    def evaluate(self, x: Tensor, stages: Sequence[Stage], flat: Sequence[Tensor], residual: bool) -> Tensor:
+        """The whole chain in one call, where nothing is saved for backward."""
+
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool): ...
     def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool): ...
     def pool(self, u: Value) -> Tensor:
@@ -208,6 +214,8 @@ def forward(
     """Runs the chain: (output, [mean, unbiased var of each batch-normalised stage], what :func:`backward` needs
     besides x and parameters).
     """
+    if not save and kernels.evaluates(stages):
+        return kernels.evaluate(x, stages, flat, residual), [], []
     u, statistics, saved = Value(x), [], []
     for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
         batch = stage.norm == "batch"

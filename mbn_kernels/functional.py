@@ -30,13 +30,14 @@ class Running(NamedTuple):
     momentum: float | None = 0.1  # None: the cumulative mean over `count` batches
     count: Tensor | None = None
 
-    def update(self, mean: Tensor, var: Tensor) -> None:
+    def update(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """Takes in a batch of that many values; one without values counts, but changes no statistics."""
         momentum = self.momentum
         if self.count is not None:
             self.count.add_(1)
             momentum = 1.0 / float(self.count) if momentum is None else momentum
         for running, batch in ((self.mean, mean), (self.var, var)):
-            if running is not None:
+            if running is not None and values:
                 running.copy_((running.to(batch.dtype) * (1 - momentum)).add_(batch, alpha=momentum))
 
 
@@ -59,7 +60,7 @@ def run_chain(
     out, statistics, _ = torch.ops.mbn.chain(x, list(params), spec, residual, save, backends.choose(x.device))
     with torch.no_grad():
         for i, r in enumerate(running):
-            r.update(statistics[2 * i], statistics[2 * i + 1])
+            r.update(statistics[2 * i], statistics[2 * i + 1], x.numel())
     return out
 
 

@@ -30,6 +30,7 @@ KERNEL_SCHEMAS = {
     "pointwise_backward": f"{_GRADIENT}, {_VALUE}, {_BACKWARD}",
     "depthwise_forward": f"{_VALUE}, Tensor weight, {_WINDOW}, Tensor(a!) y, {_STATISTICS}",
     "depthwise_backward": f"{_GRADIENT}, {_VALUE}, {_WINDOW}, {_BACKWARD}",
+    "evaluate": "Tensor x, Tensor[] params, int[] stages, float[] eps, bool residual, Tensor(a!) out",
     "pool": f"{_VALUE}, Tensor(a!) pooled",
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
     "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",

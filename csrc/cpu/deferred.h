@@ -26,6 +26,19 @@ MBN_INLINE void with_act(Act act, const F& f) {
   }
 }
 
+// How many channels a vector holds, known to the compiler where it is a whole or half vector.
+template <int N>
+struct LanesTag {
+  constexpr operator int() const { return N; }
+};
+template <class T, class F>
+MBN_INLINE void with_lanes(int count, const F& f) {
+  constexpr int L = kLanes<T>;
+  if (count >= L) return f(LanesTag<L>{});
+  if (count == L / 2) return f(LanesTag<L / 2>{});
+  return f(count);
+}
+
 template <class T>
 MBN_INLINE Vec<T> load_or(const T* p, int64_t offset, int count, T otherwise) {
   return p ? load(p + offset, count) : broadcast(otherwise);

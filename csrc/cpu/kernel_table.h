@@ -3,12 +3,13 @@
 
 #include "depthwise.h"
 #include "elementwise.h"
+#include "evaluate.h"
 #include "kernels.h"
 #include "pointwise.h"
 
-#define MBN_TABLE_OF(S)                                                                                   \
-  {                                                                                                       \
-    MBN_ISA::pointwise_forward<S>, MBN_ISA::pointwise_backward<S>, MBN_ISA::depthwise_forward<S>,         \
-        MBN_ISA::depthwise_backward<S>, MBN_ISA::pool<S>, MBN_ISA::materialize<S>,                        \
-        MBN_ISA::materialize_gradient<S>, MBN_ISA::reduce_gradient<S>                                     \
+#define MBN_TABLE_OF(S)                                                                             \
+  {                                                                                                 \
+    MBN_ISA::pointwise_forward<S>, MBN_ISA::pointwise_backward<S>, MBN_ISA::depthwise_forward<S>,   \
+        MBN_ISA::depthwise_backward<S>, MBN_ISA::evaluate<S>, MBN_ISA::pool<S>,                     \
+        MBN_ISA::materialize<S>, MBN_ISA::materialize_gradient<S>, MBN_ISA::reduce_gradient<S>      \
   }

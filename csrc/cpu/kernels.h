@@ -11,6 +11,7 @@ struct Kernels {
   void (*pointwise_backward)(const PointwiseBackward<S>&);
   void (*depthwise_forward)(const DepthwiseForward<S>&);
   void (*depthwise_backward)(const DepthwiseBackward<S>&);
+  void (*evaluate)(const Evaluate<S>&);
   void (*pool)(const Pool<S>&);
   void (*materialize)(const Materialize<S>&);
   void (*materialize_gradient)(const MaterializeGradient<S>&);

@@ -32,6 +32,8 @@ void run_parallel(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* co
   torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+int64_t thread_count() { return int64_t(torch::stable::get_num_threads()); }
+
 Scratch::Scratch()
     : mark_block_(arena.current), mark_used_(arena.blocks.empty() ? 0 : arena.blocks[arena.current].used) {}
 

@@ -9,6 +9,9 @@ namespace mbn {
 // Calls body(begin, end, context) over a partition of [0, tasks) on PyTorch's threads.
 void run_parallel(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
 
+// How many threads run_parallel uses. It may choose who does the work, never what is computed.
+int64_t thread_count();
+
 // Scratch memory of the calling thread, 64-byte aligned, kept between calls. Everything taken after a Scratch was made is free again when it ends.
 class Scratch {
  public:

@@ -115,6 +115,29 @@ struct DepthwiseBackward {
   T* dweight;  // [C, kernel_h, kernel_w]
 };
 
+// A stage in evaluation: act(scale[c] * convolution + shift[c]), with scale and shift folded from the running statistics.
+template <class S>
+struct FoldedStage {
+  const S* weight = nullptr;  // null: there is no such stage
+  const Accumulate<S>* scale = nullptr;
+  const Accumulate<S>* shift = nullptr;
+  Act act = Act::identity;
+};
+
+template <class S>
+struct Evaluate {  // [expand] -> [depthwise (+ squeeze-excite)] -> [project] (+ residual); project may be missing only behind a lone depthwise
+  using T = Accumulate<S>;
+  int64_t images, in_channels, channels, out_channels, height, width, out_height, out_width;  // channels: of the depthwise
+  Window window;
+  FoldedStage<S> expand, depthwise, project;
+  int64_t squeeze = 0;  // width of the squeeze; 0: no squeeze-excite
+  const T *w1 = nullptr, *b1 = nullptr, *w2 = nullptr, *b2 = nullptr;
+  Act squeeze_act = Act::identity, gate_act = Act::identity;
+  const S* x;
+  const S* residual;
+  S* out;
+};
+
 template <class S>
 struct Pool {  // mean of value(u) over the pixels
   int64_t images, pixels, channels;

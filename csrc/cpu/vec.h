@@ -37,7 +37,7 @@ MBN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 MBN_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // unlike x + 0 this is x for -0 too, and so costs nothing
 }
 
 // Loads kLanes<T> numbers of storage type S as T.
@@ -67,23 +67,61 @@ MBN_INLINE void store(bf16* p, Vec<float> v) {  // round to nearest even; NaN st
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// The first n numbers, the other lanes zero.
+// n < 2 * N numbers, in pieces of N, N/2, ...: channel counts are multiples of 8 as a rule, and then this is one move.
+template <int N, class S>
+MBN_INLINE void copy_some(S* to, const S* from, int n) {
+  if constexpr (N > 0) {
+    if (n & N) {
+      __builtin_memcpy(to, from, N * sizeof(S));
+      to += N;
+      from += N;
+    }
+    copy_some<N / 2>(to, from, n);
+  }
+}
+
+// Fewer than kLanes numbers. Not inlined: dozens of loops have this as their rare case.
+template <class S>
+static __attribute__((noinline)) Vec<Accumulate<S>> load_some(const S* p, int n) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  S padded[L];
+  __builtin_memset(padded, 0, sizeof padded);
+  copy_some<L / 2>(padded, p, n);
+  return load(padded);
+}
+template <class S>
+static __attribute__((noinline)) void store_some(S* p, Vec<Accumulate<S>> v, int n) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  S padded[L];
+  store(padded, v);
+  copy_some<L / 2>(p, padded, n);
+}
+
+// The first n numbers, the other lanes zero. Half a vector is the usual tail: channels come in eights.
 template <class S>
 MBN_INLINE Vec<Accumulate<S>> load(const S* p, int n) {
   constexpr int L = kLanes<Accumulate<S>>;
   if (n >= L) return load(p);
+  if (n != L / 2) return load_some(p, n);
   S padded[L];
-  __builtin_memset(padded, 0, sizeof padded);
-  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  __builtin_memcpy(padded, p, sizeof padded / 2);
+  __builtin_memset(padded + L / 2, 0, sizeof padded / 2);
   return load(padded);
 }
 template <class S>
 MBN_INLINE void store(S* p, Vec<Accumulate<S>> v, int n) {
   constexpr int L = kLanes<Accumulate<S>>;
   if (n >= L) return store(p, v);
+  if (n != L / 2) return store_some(p, v, n);
   S padded[L];
   store(padded, v);
-  for (int i = 0; i < n; ++i) p[i] = padded[i];
+  __builtin_memcpy(p, padded, sizeof padded / 2);
+}
+
+// The first n numbers, the other lanes anything: reads on where the array goes on until `end`, for a vector pieced together in memory stalls.
+template <class S>
+MBN_INLINE Vec<Accumulate<S>> load_within(const S* p, int n, const S* end) {
+  return end - p >= kLanes<Accumulate<S>> ? load(p) : load(p, n);
 }
 
 // What a number becomes when it is stored as S and read again: statistics are those of the stored tensor.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from .. import schemas  # noqa: F401  (the library implements these schemas)
 from ..activations import ACTIVATIONS
-from ..chain import Gradient, Norm, Stage, Value, accumulate_dtype
+from ..chain import Gradient, Norm, Stage, Value, accumulate_dtype, stage_parameters
 from .reference import empty_channels_last, gate_backward, gate_forward
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
@@ -41,6 +43,15 @@ def _gradient(g: Gradient) -> tuple:
     return g.dv, *_value(g.of), g.q, g.a, g.b, g.c
 
 
+@lru_cache(maxsize=1024)
+def _codes(stage: Stage) -> tuple[int, ...]:
+    """A stage as csrc/cpu/evaluate.cpp reads it."""
+    acts = (ACTIVATIONS[stage.gate[0]].code, ACTIVATIONS[stage.gate[1]].code) if stage.gate else (-1, -1)
+    conv = ("none", "pointwise", "depthwise").index(stage.conv)
+    window = (*stage.kernel, *stage.stride, *stage.padding, *stage.dilation)
+    return conv, *window, int(stage.affine), ACTIVATIONS[stage.act].code, *acts
+
+
 def _vectors(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=accumulate_dtype(like.dtype), device=like.device)
 
@@ -68,6 +79,24 @@ class CpuKernels:
         if not statistics:
             return y, None, None
         return y, _vectors(like, shape[1]), _vectors(like, shape[1])
+
+    def evaluates(self, stages: Sequence[Stage]) -> bool:
+        kinds = [stage.conv for stage in stages]
+        if kinds not in (["pointwise", "depthwise", "pointwise"], ["depthwise", "pointwise"], ["depthwise"], ["pointwise"]):
+            return False
+        gates = [stage.gate is not None for stage in stages]
+        gate_fits = not any(gates) or (len(stages) > 1 and gates.index(True) == len(stages) - 2 and sum(gates) == 1)
+        return gate_fits and all(stage.norm == "running" for stage in stages)
+
+    def evaluate(self, x: Tensor, stages: Sequence[Stage], flat: Sequence[Tensor], residual: bool) -> Tensor:
+        shape = tuple(x.shape)
+        for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
+            shape = stage.output_shape(shape, p["weight"].shape)
+        out = empty_channels_last(x, shape)
+        fused = residual and stages[-1].conv == "pointwise"
+        codes = [code for stage in stages for code in _codes(stage)]
+        _ops.evaluate(x, list(flat), codes, [stage.eps for stage in stages], fused, out)
+        return out.add_(x) if residual and not fused else out
 
     def pool(self, u: Value) -> Tensor:
         pooled = _vectors(u.y, *u.y.shape[:2])

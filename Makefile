@@ -1,0 +1,61 @@
+# Everything runs in a virtual environment of its own; `make help` lists the commands.
+PYTHON ?= python3
+VENV ?= .venv
+# What `pip install` gets for PyTorch: any release from 2.11 on, CPU or CUDA build.
+TORCH ?= torch>=2.11
+# Two processes of one thread each finish sooner than one process of two: most tests are small.
+TEST_ARGS ?= -n 2
+BENCHMARK_ARGS ?=
+
+bin := $(VENV)/bin
+sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+.PHONY: help test demo benchmark lint format clean
+.SECONDARY:
+
+help:
+	@echo "make test       build in $(VENV) and run the tests"
+	@echo "make demo       train MobileNetV3-Small on handwritten digits, stock and fused, and draw demo.png"
+	@echo "make benchmark  time every implementation on a quick subset (BENCHMARK_ARGS=--benchmark-full for all)"
+	@echo "make lint       check style (make format to fix it)"
+	@echo "make clean      remove $(VENV) and everything built"
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' TEST_ARGS='$(TEST_ARGS)'"
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(bin)/python -m pytest $(TEST_ARGS)
+
+demo: $(VENV)/.installed-demo
+	$(bin)/python examples/demo.py --output demo.png
+
+benchmark: $(VENV)/.installed-benchmark
+	$(bin)/python -m pytest --benchmark $(BENCHMARK_ARGS)
+
+lint: $(bin)/ruff
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+format: $(bin)/ruff
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mbn_kernels/*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	$(bin)/python -m pip install '$(TORCH)'
+	@touch $@
+
+# One stamp per extra. A changed source installs again, which compiles that source alone (objects stay in build/).
+$(VENV)/.installed-%: $(VENV)/.torch $(sources)
+	$(bin)/python -m pip install -e '.[$*]'
+	@touch $@
+
+$(bin)/ruff: $(VENV)/.created
+	$(bin)/python -m pip install 'ruff>=0.14,<1'
+	@touch $@

@@ -1,0 +1,67 @@
+"""Timing by turns, and what a reader must know about the machine to believe a figure."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import mbn_kernels
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def system_info(device: torch.device) -> dict[str, str | int]:
+    """Versions, threads and hardware, as recorded with every result."""
+    info: dict[str, str | int] = {
+        "mbn_kernels": mbn_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        info["gpu"] = torch.cuda.get_device_name(device)
+    return info
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """One call's time."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    calls: dict[str, Callable[[], object]], *, rounds: int, burst: int, pause: float
+) -> dict[str, list[float]]:
+    """Each call's times, burst by burst in turn.
+
+    A pause before each burst lets the threads of the last one stop spinning; the first call of a burst refills the
+    caches and is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            time.sleep(pause)
+            call()
+            times[name] += [seconds(call) for _ in range(burst)]
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each list, in seconds."""
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,202 @@
+// From the operators' tensors to the kernels' structs: every tensor is checked here, so that no call can read or write outside its arguments.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+
+namespace mbn {
+namespace binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class S>
+constexpr ScalarType kDtype = ScalarType::Undefined;
+template <>
+constexpr ScalarType kDtype<float> = ScalarType::Float;
+template <>
+constexpr ScalarType kDtype<double> = ScalarType::Double;
+template <>
+constexpr ScalarType kDtype<bf16> = ScalarType::BFloat16;
+
+struct Shape {
+  int64_t images, channels, height, width;
+  int64_t pixels() const { return height * width; }
+};
+
+template <class Sizes>
+std::string text_of(const Sizes& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline void check_kind(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, ": expected a CPU tensor, got one on another device");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, ": expected ", torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+// The strides of dimensions of size 1 mean nothing, nor do those of an empty tensor.
+inline bool dense_in_order(const Tensor& t, const int* order, int64_t dims) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    const int64_t d = order ? order[i] : i;
+    if (sizes[d] == 0) return true;
+    if (sizes[d] != 1 && strides[d] != expected) expected = -1;
+    if (expected > 0) expected *= sizes[d];
+  }
+  return expected > 0;
+}
+
+inline Shape shape_of(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, ": expected 4 dimensions [N, C, H, W], got ", t.dim());
+  const auto s = t.sizes();
+  return {s[0], s[1], s[2], s[3]};
+}
+
+inline void check_activations(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Shape& shape) {
+  static constexpr int kChannelsLast[] = {0, 2, 3, 1};
+  check_kind(op, name, t, dtype);
+  const Shape s = shape_of(op, name, t);
+  const int64_t expected[] = {shape.images, shape.channels, shape.height, shape.width};
+  STD_TORCH_CHECK(s.images == shape.images && s.channels == shape.channels && s.height == shape.height && s.width == shape.width,
+                  op, ": ", name, ": expected size ", text_of(torch::headeronly::IntHeaderOnlyArrayRef(expected, 4)), ", got ",
+                  text_of(t.sizes()));
+  STD_TORCH_CHECK(dense_in_order(t, kChannelsLast, 4), op, ": ", name, ": expected dense channels-last memory, got strides ",
+                  text_of(t.strides()));
+}
+
+inline void check_dense(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel) {
+  check_kind(op, name, t, dtype);
+  STD_TORCH_CHECK(t.numel() == numel, op, ": ", name, ": expected ", numel, " elements, got size ", text_of(t.sizes()));
+  STD_TORCH_CHECK(dense_in_order(t, nullptr, t.dim()), op, ": ", name, ": expected contiguous memory, got strides ",
+                  text_of(t.strides()));
+}
+
+// Activations [N, C, H, W] of storage type S, dense channels-last.
+template <class S>
+const S* activations(const char* op, const char* name, const Tensor& t, const Shape& shape) {
+  check_activations(op, name, t, kDtype<S>, shape);
+  return static_cast<const S*>(t.const_data_ptr());
+}
+template <class S>
+S* activations_out(const char* op, const char* name, const Tensor& t, const Shape& shape) {
+  check_activations(op, name, t, kDtype<S>, shape);
+  return static_cast<S*>(t.mutable_data_ptr());
+}
+// Anything else (weights, per-channel vectors, gates, sums), contiguous with exactly `numel` elements of type T.
+template <class T>
+const T* dense(const char* op, const char* name, const Tensor& t, int64_t numel) {
+  check_dense(op, name, t, kDtype<T>, numel);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* dense_out(const char* op, const char* name, const Tensor& t, int64_t numel) {
+  check_dense(op, name, t, kDtype<T>, numel);
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The same where the tensor may be absent.
+template <class S>
+const S* activations(const char* op, const char* name, const OptionalTensor& t, const Shape& shape) {
+  return t ? activations<S>(op, name, *t, shape) : nullptr;
+}
+template <class S>
+S* activations_out(const char* op, const char* name, const OptionalTensor& t, const Shape& shape) {
+  return t ? activations_out<S>(op, name, *t, shape) : nullptr;
+}
+template <class T>
+const T* dense(const char* op, const char* name, const OptionalTensor& t, int64_t numel) {
+  return t ? dense<T>(op, name, *t, numel) : nullptr;
+}
+template <class T>
+T* dense_out(const char* op, const char* name, const OptionalTensor& t, int64_t numel) {
+  return t ? dense_out<T>(op, name, *t, numel) : nullptr;
+}
+
+inline Act activation(const char* op, const char* name, int64_t act) {
+  STD_TORCH_CHECK(act >= 0 && act < kActCount, op, ": ", name, ": expected an activation in [0, ", kActCount, "), got ", act);
+  return static_cast<Act>(act);
+}
+
+// u_*: `shape` is that of u_y.
+template <class S>
+Value<S> value(const char* op, const Shape& shape, const Tensor& y, const OptionalTensor& scale, const OptionalTensor& shift,
+               const OptionalTensor& gate, int64_t act) {
+  using T = Accumulate<S>;
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": u_shift: expected u_scale and u_shift together, got one of them");
+  Value<S> u;
+  u.y = activations<S>(op, "u_y", y, shape);
+  u.scale = dense<T>(op, "u_scale", scale, shape.channels);
+  u.shift = dense<T>(op, "u_shift", shift, shape.channels);
+  u.gate = dense<T>(op, "u_gate", gate, shape.images * shape.channels);
+  u.act = activation(op, "u_act", act);
+  return u;
+}
+
+// g_*: `shape` is that of g_dv.
+template <class S>
+Gradient<S> gradient(const char* op, const Shape& shape, const Tensor& dv, const OptionalTensor& y, const OptionalTensor& scale,
+                     const OptionalTensor& shift, const OptionalTensor& gate, int64_t act, const OptionalTensor& q,
+                     const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& c) {
+  using T = Accumulate<S>;
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": g_shift: expected g_scale and g_shift together, got one of them");
+  STD_TORCH_CHECK(b.has_value() == c.has_value(), op, ": g_c: expected g_b and g_c together, got one of them");
+  Gradient<S> g;
+  g.dv = activations<S>(op, "g_dv", dv, shape);
+  g.of.act = activation(op, "g_act", act);
+  STD_TORCH_CHECK(y.has_value() || (g.of.act == Act::identity && !b.has_value()), op,
+                  ": g_y: expected a tensor where g_act is not the identity or g_b is given, got none");
+  g.of.y = activations<S>(op, "g_y", y, shape);
+  g.of.scale = dense<T>(op, "g_scale", scale, shape.channels);
+  g.of.shift = dense<T>(op, "g_shift", shift, shape.channels);
+  g.of.gate = dense<T>(op, "g_gate", gate, shape.images * shape.channels);
+  g.q = dense<T>(op, "g_q", q, shape.images * shape.channels);
+  g.a = dense<T>(op, "g_a", a, shape.channels);
+  g.b = dense<T>(op, "g_b", b, shape.channels);
+  g.c = dense<T>(op, "g_c", c, shape.channels);
+  return g;
+}
+
+// Sums at a value of this shape; `gated` where that value has a gate: [5, N, C], else [2, C].
+template <class S>
+Sums<S> sums(const char* op, const Shape& shape, bool gated, const OptionalTensor& mean, const OptionalTensor& rstd,
+             const OptionalTensor& out) {
+  using T = Accumulate<S>;
+  STD_TORCH_CHECK(mean.has_value() == rstd.has_value(), op, ": rstd: expected mean and rstd together, got one of them");
+  Sums<S> s;
+  s.mean = dense<T>(op, "mean", mean, shape.channels);
+  s.rstd = dense<T>(op, "rstd", rstd, shape.channels);
+  s.out = dense_out<T>(op, "sums", out, gated ? 5 * shape.images * shape.channels : 2 * shape.channels);
+  return s;
+}
+
+template <class S>
+struct StorageTag {
+  using type = S;
+};
+
+// Calls f(StorageTag<S>{}) for the storage type of `t`.
+template <class F>
+void by_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(StorageTag<float>{});
+    case ScalarType::Double: return f(StorageTag<double>{});
+    case ScalarType::BFloat16: return f(StorageTag<bf16>{});
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, ": expected Float, Double or BFloat16, got ", torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+}  // namespace binding
+}  // namespace mbn

@@ -1,0 +1,5 @@
+// The depthwise kernels.
+#pragma once
+
+#include "depthwise_backward.h"
+#include "depthwise_forward.h"

@@ -1,0 +1,129 @@
+"""What every network here is made of: a stock stem, fused blocks, a last 1x1 convolution and a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..modules import FusedDepthwiseSeparable, FusedInvResBlock
+from .tables import BlockShape
+
+_ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
+
+
+class MobileNet(nn.Module):
+    """conv1, blocks, last_conv, se_block, global average pool, classifier: (N, C, H, W) -> (N, num_classes).
+
+    last_conv and se_block may be absent. The weights are initialised here, so build the parts first.
+    """
+
+    def __init__(
+        self,
+        conv1: nn.Module,
+        blocks: nn.Module,
+        classifier: nn.Module,
+        *,
+        last_conv: nn.Module | None = None,
+        se_block: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv1
+        self.blocks = blocks
+        # Registered before last_conv, though it runs after it: the order of parameters is part of an optimiser's state.
+        self.se_block = se_block
+        self.last_conv = last_conv
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.classifier = classifier
+        initialize(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.conv1(x))
+        if self.last_conv is not None:
+            x = self.last_conv(x)
+        if self.se_block is not None:
+            x = self.se_block(x)
+        return self.classifier(torch.flatten(self.gap(x), 1))
+
+
+def initialize(model: nn.Module) -> None:
+    """He-normal convolutions (fan out), batch norms 1 and 0, linear weights N(0, 0.01), biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0.0, 0.01)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def conv_bn_act(
+    in_channels: int,
+    out_channels: int,
+    k: int,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    act: str,
+    bn_eps: float = 1e-5,
+    bn_momentum: float = 0.1,
+) -> nn.Sequential:
+    """A dense convolution, batch norm and activation of stock PyTorch: the stem."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, k, stride, padding, bias=False),
+        nn.BatchNorm2d(out_channels, bn_eps, bn_momentum),
+        _ACTIVATIONS[act](inplace=True),
+    )
+
+
+def build_block(
+    shape: BlockShape,
+    *,
+    fused: bool = True,
+    bn_eps: float = 1e-5,
+    bn_momentum: float = 0.1,
+    squeeze_divisor: int = 8,
+) -> nn.Module:
+    """The module of one row of a layer table; its height and width play no part."""
+    bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
+    if shape.kind == "separable":
+        return FusedDepthwiseSeparable(
+            shape.in_channels, shape.out_channels, shape.k, shape.s, nl=shape.nl, fused=fused, **bn
+        )
+    return FusedInvResBlock(
+        shape.in_channels,
+        shape.k,
+        shape.exp_channels,
+        shape.out_channels,
+        shape.se,
+        shape.nl,
+        shape.s,
+        squeeze_divisor=squeeze_divisor,
+        fused=fused,
+        **bn,
+    )
+
+
+def build_blocks(shapes: Iterable[BlockShape], **options) -> nn.Sequential:
+    """The blocks of a network in order; options are build_block's."""
+    return nn.Sequential(*(build_block(shape, **options) for shape in shapes))
+
+
+def classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """Dropout and one linear layer (V1, V2)."""
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
+
+
+def classifier_v3(channels: int, hidden: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """V3's efficient last stage: the features are widened after the pool, where they are one pixel."""
+    return nn.Sequential(
+        nn.Linear(channels, hidden),
+        nn.Hardswish(inplace=True),
+        nn.Dropout(dropout, inplace=True),
+        nn.Linear(hidden, num_classes),
+    )

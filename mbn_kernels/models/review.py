@@ -1,0 +1,62 @@
+"""MobileNetV3 as the paper review writes it: its constructor, its cfgs format and its state_dict keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..modules import FusedInvResBlock, FusedPointwiseConvBNAct, FusedSqueezeExcite, make_divisible
+from .network import MobileNet, classifier_v3, conv_bn_act
+from .tables import V3_LARGE, V3_SMALL
+
+
+def review_large_cfgs() -> list:
+    """Rows (k, exp, out, se, nl, s) of the blocks, the last convolution's row, the classifier's hidden width."""
+    return [*V3_LARGE, (1, None, 960, False, "hs", 1), 1280]
+
+
+def review_small_cfgs() -> list:
+    """As `review_large_cfgs`, of MobileNetV3-Small: there squeeze-excite follows the last convolution, too."""
+    return [*V3_SMALL, (1, None, 576, True, "hs", 1), 1024]
+
+
+class MobileNetV3(MobileNet):
+    """A drop-in for the review's network, (N, in_channels, H, W) -> (N, num_classes): its state_dict loads both ways.
+
+    cfgs ends with the last convolution's row, of which k, out, se and nl count, and the classifier's hidden width.
+    width_exp scales the blocks' output channels and nothing else. zero_init_residual changes nothing, as in the
+    review: it is accepted so that existing calls keep working, and the blocks' last batch norms start at 1 either way.
+    A last convolution that is not 1x1 is unpadded, as the review's is, and runs as stock PyTorch.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        cfgs: Sequence,
+        num_classes: int,
+        zero_init_residual: bool = True,
+        width_exp: float = 1.0,
+        *,
+        fused: bool = True,
+    ) -> None:
+        *rows, (last_k, _, features, last_se, last_nl, _), hidden = cfgs
+        conv1 = conv_bn_act(in_channels, 16, 3, stride=2, padding=1, act="hardswish", bn_momentum=0.99)
+        blocks, channels = [], 16
+        for k, exp, out, se, nl, s in rows:
+            out = make_divisible(out * width_exp)
+            blocks.append(FusedInvResBlock(channels, k, make_divisible(exp), out, se, nl, s, fused=fused))
+            channels = out
+        se_block = FusedSqueezeExcite(features, fused=fused) if last_se else None
+        act = "relu" if last_nl == "relu" else "hardswish"
+        if last_k == 1:
+            last_conv = FusedPointwiseConvBNAct(channels, features, act=act, fused=fused)
+        else:
+            last_conv = conv_bn_act(channels, features, last_k, act=act)
+        super().__init__(
+            conv1,
+            nn.Sequential(*blocks),
+            classifier_v3(features, hidden, num_classes, dropout=0.2),
+            last_conv=last_conv,
+            se_block=se_block,
+        )

@@ -1,0 +1,51 @@
+"""Fixtures of the correctness tests: every backend in turn, and fresh memory that holds NaN until it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mbn_kernels
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each backend; one that is not built is missed by test_ops.py, once."""
+    reason = mbn_kernels.available_backends()[request.param]
+    if reason != "available":
+        pytest.skip(reason)
+    with mbn_kernels.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output element that no kernel writes stays NaN, and the test that compares it fails."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args, **kwargs) -> Tensor:
+            t = allocate(*args, **kwargs)
+            if t.is_floating_point() and not torch.compiler.is_compiling():
+                with torch.no_grad():
+                    t.fill_(float("nan"))
+            return t
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Leaves the random state, the number of threads and the choice of backend as they were."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    with mbn_kernels.use_backend(None):
+        yield
+    torch.set_num_threads(threads)

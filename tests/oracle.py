@@ -1,0 +1,381 @@
+"""The oracle: stock PyTorch in float64 on the same rounded inputs, and the tolerance, stated here once.
+
+TOLERANCE. With errors as maxima over a tensor, against the float64 oracle on the inputs as rounded to the dtype,
+
+    error(fused) <= 2 * error(stock PyTorch at that dtype) + eps(dtype) * scale
+
+for outputs, all gradients and running statistics. ``scale`` is the oracle's largest magnitude; for a mean it is that of
+the numbers averaged, since their rounding is what a mean inherits. float64 has no wider oracle: there the bound is
+1e-12 * scale.
+
+Both terms are estimates that a small tensor can make by luck: the maximum of four rounding errors may be nearly 0,
+and a sum that happens to cancel has no scale. So before a breach counts, stock's error is taken anew on up to
+DRAWS copies of the inputs in either memory format, each rounded once more at random, and eps * scale gives way to what
+that rounding alone changed in the oracle, where that is more. The fused error is never drawn again.
+
+A derivative that jumps turns a rounding error into an error of its own size, in stock as here. So inputs keep away from
+kinks where they can: :func:`avoid_kinks` shifts each bias to the widest gap between the values that it adds to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbn_kernels import chain, functional
+from mbn_kernels.activations import ACTIVATIONS
+
+ACTS = tuple(ACTIVATIONS)
+KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "hardsigmoid": (-3.0, 3.0)}
+DRAWS = 8
+
+
+def exact_hardsigmoid(x: Tensor) -> Tensor:
+    # Stock's gradient rounds 1/6 to float32, even in float64.
+    return (x + 3).clamp(0, 6) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
+
+
+STOCK_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "hardsigmoid": exact_hardsigmoid,
+    "sigmoid": torch.sigmoid,
+}
+
+
+# Chains ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageCase:
+    """One stage of a case: the fields of :func:`mbn_kernels.chain.stage_spec`, and a pointwise stage's output width."""
+
+    conv: str
+    out: int = 0
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    act: str = "identity"
+    norm: bool = True
+    affine: bool = True
+    gate: tuple[str, str] | None = None
+    eps: float = 1e-5
+
+    def spec(self, training: bool) -> str:
+        norm = ("batch" if training else "running") if self.norm else "none"
+        window = {"kernel": self.kernel, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        affine = self.norm and self.affine
+        eps = self.eps if self.norm else 0.0
+        return chain.stage_spec(self.conv, **window, norm=norm, affine=affine, eps=eps, act=self.act, gate=self.gate)
+
+
+def pw(out: int, act: str = "identity", **fields) -> StageCase:
+    return StageCase("pointwise", out, act=act, **fields)
+
+
+def dw(k: int | tuple[int, int], act: str = "identity", *, stride=1, padding=None, dilation=1, **fields) -> StageCase:
+    kernel = (k, k) if isinstance(k, int) else k
+    stride = (stride, stride) if isinstance(stride, int) else stride
+    dilation = (dilation, dilation) if isinstance(dilation, int) else dilation
+    if padding is None:
+        ph, pw_ = (d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+        padding = (ph, ph, pw_, pw_)
+    elif isinstance(padding, int):
+        padding = (padding,) * 4
+    return StageCase("depthwise", 0, kernel, stride, padding, dilation, act, **fields)
+
+
+def se(act: str = "relu", gate: str = "hardsigmoid") -> StageCase:
+    return StageCase("none", norm=False, gate=(act, gate))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A chain on an input shape."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    stages: tuple[StageCase, ...]
+    residual: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Tensors:
+    """A case's tensors: the input, one dict of parameters per stage, the gradient of the output."""
+
+    x: Tensor
+    stages: list[dict[str, Tensor]]
+    dout: Tensor | None = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Tensors:
+        stages = [{name: f(t) for name, t in p.items()} for p in self.stages]
+        return Tensors(f(self.x), stages, None if self.dout is None else f(self.dout))
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors to differentiate, by name; running statistics are not among them."""
+        found = {"x": self.x}
+        for i, p in enumerate(self.stages):
+            found |= {f"{i}.{name}": t for name, t in p.items() if not name.startswith("running")}
+        return found
+
+
+def make_tensors(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensors:
+    """Random tensors of unit scale, given as float64 but representable in ``dtype``; without dout."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    def sign_and_size(n: int) -> Tensor:  # some batch norms have a negative weight
+        return (0.5 + torch.rand(n, generator=g, dtype=torch.float64)) * randn(n).sign()
+
+    channels, stages = case.shape[1], []
+    for stage in case.stages:
+        p: dict[str, Tensor] = {}
+        if stage.conv == "pointwise":
+            p["weight"] = randn(stage.out, channels, 1, 1) / max(channels, 1) ** 0.5
+            channels = stage.out
+        elif stage.conv == "depthwise":
+            p["weight"] = randn(channels, 1, *stage.kernel) / (stage.kernel[0] * stage.kernel[1]) ** 0.5
+        if stage.norm and stage.affine:
+            p |= {"bn_weight": sign_and_size(channels), "bn_bias": 0.3 * randn(channels)}
+        if stage.norm:
+            p |= {"running_mean": 0.3 * randn(channels), "running_var": 0.5 + randn(channels).abs()}
+        if stage.gate:
+            squeeze = max(channels // 4, 2)
+            p |= {"w1": randn(squeeze, channels) / channels**0.5, "b1": randn(squeeze)}
+            p |= {"w2": randn(channels, squeeze) / squeeze**0.5, "b2": randn(channels)}
+        stages.append(p)
+    return rounded(Tensors(0.3 + randn(*case.shape), stages), dtype)
+
+
+def rounded(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return tensors.map(lambda t: t.to(dtype).to(torch.float64))
+
+
+def gap_shift(n: Tensor, kinks: Sequence[float], width: float = 0.5) -> Tensor:
+    """For each column of n [values, channels], the shift within ``width`` that leaves most room around every kink."""
+    if not n.numel():
+        return n.new_zeros(n.shape[1:])
+    distances = torch.cat([n - k for k in kinks] + [n.new_full((1, n.shape[1]), e) for e in (-width, width)])
+    ordered = distances.clamp(-width, width).sort(0).values
+    room, index = ordered.diff(dim=0).max(0)
+    return -(ordered.gather(0, index[None])[0] + room / 2)
+
+
+def avoid_kinks(case: Case, tensors: Tensors, training: bool, dtype: torch.dtype) -> None:
+    """Shifts biases so that no value lies on or next to a kink of its activation."""
+
+    def shift(i: int, bias: str, act: str, n: Tensor) -> Tensor:
+        p = tensors.stages[i]
+        if act not in KINKS or bias not in p:
+            return n
+        columns = n.transpose(0, 1).flatten(1).T
+        moved = (p[bias] + gap_shift(columns, KINKS[act])).to(dtype).to(torch.float64)
+        by, p[bias] = moved - p[bias], moved
+        return n + (by[:, None, None] if n.dim() == 4 else by)
+
+    stock_chain(case, tensors.map(torch.Tensor.clone), training, shift=shift)
+
+
+def _as_it_is(i: int, bias: str, act: str, n: Tensor) -> Tensor:
+    return n
+
+
+def stock_chain(case: Case, t: Tensors, training: bool, momentum: float = 0.1, shift: Callable = _as_it_is) -> Tensor:
+    """The chain as stock PyTorch's own operators; updates the running statistics in training."""
+    h = t.x
+    for i, (stage, p) in enumerate(zip(case.stages, t.stages, strict=True)):
+        if stage.conv == "pointwise":
+            h = F.conv2d(h, p["weight"])
+        elif stage.conv == "depthwise":
+            top, bottom, left, right = stage.padding
+            if top == bottom and left == right:
+                h = F.conv2d(h, p["weight"], None, stage.stride, (top, left), stage.dilation, h.shape[1])
+            else:
+                h = F.pad(h, (left, right, top, bottom))
+                h = F.conv2d(h, p["weight"], None, stage.stride, 0, stage.dilation, h.shape[1])
+        if stage.norm:
+            running = p["running_mean"], p["running_var"]
+            h = F.batch_norm(h, *running, p.get("bn_weight"), p.get("bn_bias"), training, momentum, stage.eps)
+            h = shift(i, "bn_bias", stage.act, h)
+        h = STOCK_ACTS[stage.act](h)
+        if stage.gate:
+            pooled = h.mean((2, 3))
+            hidden = shift(i, "b1", stage.gate[0], F.linear(pooled, p["w1"].flatten(1), p["b1"]))
+            logits = F.linear(STOCK_ACTS[stage.gate[0]](hidden), p["w2"].flatten(1), p["b2"])
+            logits = shift(i, "b2", stage.gate[1], logits)
+            h = h * STOCK_ACTS[stage.gate[1]](logits)[:, :, None, None]
+    return t.x + h if case.residual else h
+
+
+def fused_chain(case: Case, t: Tensors, training: bool, momentum: float = 0.1) -> Tensor:
+    """The same chain as one ``torch.ops.mbn.chain``."""
+    specs, params, running = [], [], []
+    for stage, p in zip(case.stages, t.stages, strict=True):
+        specs.append(stage.spec(training))
+        params += [v for name, v in p.items() if not (training and name.startswith("running"))]
+        if training and stage.norm:
+            running.append(functional.Running(p["running_mean"], p["running_var"], momentum))
+    return functional.run_chain(t.x, chain.chain_spec(case.name, specs), params, running, case.residual)
+
+
+def fused_functional(case: Case, t: Tensors, training: bool, momentum: float = 0.1) -> Tensor:
+    """A case of one stage through the public function of its name."""
+    (stage,), (p,) = case.stages, t.stages
+    if stage.conv == "none":
+        return functional.squeeze_excite(t.x, p["w1"], p["b1"], p["w2"], p["b2"], act=stage.gate[0], gate=stage.gate[1])
+    norm = [p.get(name) for name in ("bn_weight", "bn_bias", "running_mean", "running_var")]
+    options = {"act": stage.act, "training": training, "momentum": momentum, "eps": stage.eps}
+    if stage.conv == "pointwise":
+        residual = t.x if case.residual else None
+        return functional.pointwise_conv_bn_act(t.x, p["weight"], *norm, residual=residual, **options)
+    window = {"stride": stage.stride, "padding": stage.padding, "dilation": stage.dilation}
+    return functional.depthwise_conv_bn_act(t.x, p["weight"], *norm, **window, **options)
+
+
+def run(f: Callable[[Case, Tensors, bool], Tensor], case: Case, t: Tensors, training: bool) -> dict[str, Tensor]:
+    """Output, gradients and running statistics by name; ``t`` is left as it was."""
+    t = t.map(torch.Tensor.detach)
+    t.stages = [{k: v.clone() if k.startswith("running") else v for k, v in p.items()} for p in t.stages]
+    leaves = {name: v.requires_grad_() for name, v in t.leaves().items()}
+    out = f(case, t, training)
+    grads = torch.autograd.grad(out, list(leaves.values()), t.dout)
+    found = {"out": out.detach()} | {f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}
+    if not training:  # without gradients another path may run
+        with torch.no_grad():
+            found["out without gradients"] = f(case, t, training)
+    for i, p in enumerate(t.stages):
+        found |= {f"{i}.{name}": v for name, v in p.items() if name.startswith("running")}
+    return found
+
+
+def prepare(case: Case, dtype: torch.dtype, training: bool, seed: int = 0) -> Tensors:
+    """Tensors for a case in float64, representable in dtype, away from kinks, with a gradient of the output."""
+    t = make_tensors(case, dtype, seed)
+    avoid_kinks(case, t, training, dtype)
+    with torch.no_grad():
+        shape = stock_chain(case, t.map(torch.Tensor.clone), training).shape
+    g = torch.Generator().manual_seed(seed + 1)
+    t.dout = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(torch.float64)
+    return t
+
+
+# Comparison -----------------------------------------------------------------------------------------------------------
+
+
+class Expected:
+    """The oracle's results, and by name how far from them a result may be."""
+
+    def __init__(
+        self, dtype: torch.dtype, oracle: dict[str, Tensor], stock: dict[str, Tensor], not_finite: bool = False
+    ) -> None:
+        self.dtype, self.oracle, self.stock, self.not_finite = dtype, oracle, stock, not_finite
+        self.own = {name: max_error(stock[name], t) for name, t in oracle.items()}
+        self.slack = {name: self.eps * self._scale(name) for name in oracle}
+
+    @property
+    def eps(self) -> float:
+        return 1e-12 if self.dtype == torch.float64 else torch.finfo(self.dtype).eps
+
+    def _scale(self, name: str) -> float:
+        scale = magnitude(self.oracle[name])
+        return max(scale, magnitude(self.oracle[name[:-4] + "var"]) ** 0.5) if name.endswith("running_mean") else scale
+
+    def draw(self, oracle: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
+        """Takes in the results on inputs rounded anew."""
+        for name in self.oracle:
+            self.own[name] = max(self.own[name], max_error(stock[name], oracle[name]))
+            change = max_error(oracle[name], self.oracle[name]) / torch.finfo(self.dtype).eps
+            self.slack[name] = max(self.slack[name], self.eps * change)
+
+    def breaches(self, got: dict[str, Tensor]) -> list[str]:
+        """Every breach, so that one failure shows all of them.
+
+        Of a derivative at NaN stock makes 0 or 1 as its loops happen to be vectorised, and it hides NaN behind a
+        derivative of 0. So where inputs are ``not_finite``, gradients need only be NaN wherever stock's are.
+        """
+        assert got.keys() == self.oracle.keys()
+        found = []
+        for name, t in got.items():
+            stock, error = self.stock[name], max_error(t, self.oracle[name])
+            bound = 2 * self.own[name] + self.slack[name]
+            if (t.shape, t.dtype) != (stock.shape, stock.dtype):
+                found.append(f"{name}: {t.dtype} {tuple(t.shape)}, stock's {stock.dtype} {tuple(stock.shape)}")
+            elif self.not_finite and name.startswith("grad"):
+                if (stock.isnan() & ~t.isnan()).any():
+                    found.append(f"{name}: finite where stock is NaN")
+            elif not torch.equal(t.isnan(), stock.isnan()):
+                found.append(f"{name}: {int(t.isnan().sum())} NaN of {t.numel()}, stock {int(stock.isnan().sum())}")
+            elif not error <= bound:
+                terms = f"2 * stock's {self.own[name]:.3g} + {self.slack[name]:.3g}"
+                found.append(f"{name}: error {error:.3g} above {terms}")
+        return found
+
+
+def magnitude(t: Tensor) -> float:
+    finite = t[t.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def max_error(t: Tensor, oracle: Tensor) -> float:
+    """The largest difference; numbers that are infinite or NaN must be the same in both, else it is infinite."""
+    t, oracle = t.detach().double(), oracle.detach().double()
+    same = (t == oracle) | (t.isnan() & oracle.isnan())
+    return torch.where(same, 0.0, (t - oracle).abs().nan_to_num(float("inf"))).max().item() if t.numel() else 0.0
+
+
+def compare_case(
+    f: Callable,
+    case: Case,
+    dtype: torch.dtype,
+    training: bool,
+    seed: int = 0,
+    change: Callable | None = None,
+    not_finite: bool = False,
+) -> None:
+    """Runs ``f`` (:func:`fused_chain` or :func:`fused_functional`) on a case and holds it to the tolerance.
+
+    ``change`` gives the tensors other strides or values; stock gets the same. ``not_finite``: see :meth:`breaches`.
+    """
+    change = change or (lambda t: t)
+    typed = change(prepare(case, dtype, training, seed).map(lambda v: v.to(dtype)))
+    got = run(f, case, typed, training)
+    hold(got, lambda t: run(stock_chain, case, t, training), typed, dtype, change, not_finite)
+
+
+def hold(
+    got: dict[str, Tensor],
+    stock: Callable[[Tensors], dict],
+    t: Tensors,
+    dtype: torch.dtype,
+    change: Callable = lambda t: t,
+    not_finite: bool = False,
+) -> None:
+    """Holds fused results to the tolerance; ``stock`` computes the same results from tensors of any dtype."""
+    expected = Expected(dtype, stock(t.map(torch.Tensor.double)), stock(t), not_finite)
+    g = torch.Generator().manual_seed(0)
+
+    def again(v: Tensor) -> Tensor:
+        noise = torch.rand(v.shape, generator=g, dtype=torch.float64) - 0.5
+        return (v.double() * (1 + torch.finfo(dtype).eps * noise)).to(dtype)
+
+    for draw in range(DRAWS):
+        if not expected.breaches(got):
+            break
+        drawn = change(t.map(again))
+        if draw % 2:
+            drawn.x = drawn.x.contiguous(memory_format=torch.channels_last)
+        expected.draw(stock(drawn.map(torch.Tensor.double)), stock(drawn))
+    assert not expected.breaches(got), "\n".join(["beyond the tolerance:", *expected.breaches(got)])

@@ -1,0 +1,149 @@
+"""The family's blocks written again in stock PyTorch, with the keys and signatures that the fused ones promise.
+
+Nothing of mbn_kernels is used here, so that the oracle of a block is not the block's own plain path.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import torch
+from oracle import KINKS, Tensors, exact_hardsigmoid, gap_shift
+from torch import Tensor, nn
+
+ACTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hs": nn.Hardswish, "hardswish": nn.Hardswish, "silu": nn.SiLU}
+
+
+class ExactHardsigmoid(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return exact_hardsigmoid(x)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels: int, squeeze: int) -> None:
+        super().__init__()
+        layers = nn.Linear(channels, squeeze), nn.ReLU(), nn.Linear(squeeze, channels), ExactHardsigmoid()
+        self.excitation = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excitation(x.mean((2, 3)))[:, :, None, None]
+
+
+def conv_bn(c_in: int, c_out: int, k: int, s: int, groups: int, act: nn.Module | None, bn: dict) -> nn.Sequential:
+    conv = nn.Conv2d(c_in, c_out, k, s, (k - 1) // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out, **bn), *([act] if act else []))
+
+
+class InvResBlock(nn.Module):
+    """The review's block; V2's without squeeze-excite and with relu6."""
+
+    def __init__(self, in_channels, k, exp_channels, out_channels, se, nl, s, *, squeeze=None, bn=None) -> None:
+        super().__init__()
+        bn = bn or {"momentum": 0.99}
+        self.skip_connect = s == 1 and in_channels == out_channels
+        layers: list[nn.Module] = []
+        if in_channels != exp_channels:
+            layers.append(conv_bn(in_channels, exp_channels, 1, 1, 1, ACTS[nl](), bn))
+        layers.append(conv_bn(exp_channels, exp_channels, k, s, exp_channels, ACTS[nl](), bn))
+        if se:
+            layers.append(SqueezeExcite(exp_channels, squeeze or exp_channels // 4))
+        layers.append(conv_bn(exp_channels, out_channels, 1, 1, 1, None, bn))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.skip_connect else self.layers(x)
+
+
+class Separable(nn.Module):
+    """V1's block."""
+
+    def __init__(self, in_channels, out_channels, k=3, s=1, *, nl="relu") -> None:
+        super().__init__()
+        depthwise = conv_bn(in_channels, in_channels, k, s, in_channels, ACTS[nl](), {})
+        self.layers = nn.Sequential(depthwise, conv_bn(in_channels, out_channels, 1, 1, 1, ACTS[nl](), {}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Parameters and buffers of unit scale, none of them at its initial value; weights of batch norm of either sign."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in module.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                fan = m.weight[0].numel()
+                m.weight.copy_(torch.randn(m.weight.shape, generator=g) / fan**0.5)
+                if m.bias is not None:
+                    m.bias.copy_(torch.randn(m.bias.shape, generator=g))
+            elif isinstance(m, nn.BatchNorm2d):
+                if m.affine:
+                    sign = torch.randn(m.weight.shape, generator=g).sign()
+                    m.weight.copy_(sign * (0.5 + torch.rand(m.weight.shape, generator=g)))
+                    m.bias.copy_(0.3 * torch.randn(m.bias.shape, generator=g))
+                if m.track_running_stats:
+                    m.running_mean.copy_(0.3 * torch.randn(m.running_mean.shape, generator=g))
+                    m.running_var.copy_(0.5 + torch.randn(m.running_var.shape, generator=g).abs())
+    return module
+
+
+_NAMES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", ExactHardsigmoid: "hardsigmoid"}
+
+
+def avoid_kinks(module: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """As oracle.avoid_kinks: shifts the bias in front of each activation that has kinks; ``module`` is in float64."""
+
+    def shift(layer: nn.Module, act: str) -> Callable:
+        def hook(_module, _inputs, n: Tensor) -> Tensor:
+            by = gap_shift(n.transpose(0, 1).flatten(1).T, KINKS[act])
+            moved = (layer.bias + by).to(dtype).double()
+            by = moved - layer.bias
+            layer.bias.copy_(moved)
+            return n + (by[:, None, None] if n.dim() == 4 else by)
+
+        return hook
+
+    handles = []
+    for parent in module.modules():
+        children = list(parent.children()) if isinstance(parent, nn.Sequential) else []
+        for layer, following in itertools.pairwise(children):
+            if getattr(layer, "bias", None) is not None and type(following) in _NAMES:
+                handles.append(layer.register_forward_hook(shift(layer, _NAMES[type(following)])))
+    kept = {k: v.clone() for k, v in module.state_dict().items() if "running" in k or "num_batches" in k}
+    with torch.no_grad():
+        module(x)
+    module.load_state_dict(kept, strict=False)
+    for h in handles:
+        h.remove()
+
+
+def prepare_module(stock: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, training: bool) -> Tensors:
+    """A random state for a stock module away from kinks, with input and gradient, all in ``dtype``."""
+    stock = randomize(copy.deepcopy(stock)).to(dtype).double().train(training)
+    g = torch.Generator().manual_seed(1)
+    x = (0.3 + torch.randn(shape, generator=g)).to(dtype).double()
+    avoid_kinks(stock, x, dtype)
+    with torch.no_grad():
+        out = copy.deepcopy(stock)(x).shape
+    state = {k: v for k, v in stock.state_dict().items() if v.is_floating_point()}
+    return Tensors(x, [state], torch.randn(out, generator=g).to(dtype).double()).map(lambda v: v.to(dtype))
+
+
+def run_module(module: nn.Module, t: Tensors) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a copy of ``module`` that holds the state ``t.stages[0]``."""
+    module = copy.deepcopy(module).to(t.x.dtype)
+    missing, unexpected = module.load_state_dict(t.stages[0], strict=False)
+    assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
+    module.requires_grad_(True).train(module.training)
+    x = t.x.detach().requires_grad_()
+    out = module(x)
+    out.backward(t.dout)
+    found = {"out": out.detach(), "grad x": x.grad}
+    found |= {f"grad {name}": p.grad for name, p in module.named_parameters()}
+    found |= {name: b for name, b in module.named_buffers() if "running" in name}
+    if not module.training:
+        with torch.no_grad():
+            found["out without gradients"] = module(x)
+    return found
