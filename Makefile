@@ -16,7 +16,7 @@ sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 help:
 	@echo "make test       build in $(VENV) and run the tests"
 	@echo "make demo       train MobileNetV3-Small on handwritten digits, stock and fused, and draw demo.png"
-	@echo "make benchmark  time every implementation on a quick subset (BENCHMARK_ARGS=--benchmark-full for all)"
+	@echo "make benchmark  time a quick subset of the shapes (BENCHMARK_ARGS=--benchmark-full for all, half an hour)"
 	@echo "make lint       check style (make format to fix it)"
 	@echo "make clean      remove $(VENV) and everything built"
 	@echo

@@ -14,12 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark",
         action="store_true",
-        help="run benchmarks/ instead of tests/: a quick subset of shapes, with every implementation",
+        help="run benchmarks/ instead of tests/: a quick subset of the shapes, under 3 minutes",
     )
     group.addoption(
         "--benchmark-full",
         action="store_true",
-        help="as --benchmark, with every layer shape and every network",
+        help="as --benchmark, with every layer shape, and torch.compile of every network: half an hour",
     )
     group.addoption("--runslow", action="store_true", help="run the tests marked slow too")
 

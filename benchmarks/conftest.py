@@ -29,11 +29,11 @@ def timed(benchmark, device: torch.device, request: pytest.FixtureRequest) -> Ca
     def run(group: str, implementation: Implementation, call: Callable[[], object], **info: object) -> None:
         benchmark.group = group
         benchmark.extra_info.update(system_info(device), implementation=implementation.name, **info)
-        for _ in range(3):
+        for _ in range(2):
             call()  # compiles, packs weights, warms caches
         rounds = min(200, max(5, round(SECONDS_PER_CASE / seconds(call))))
         time.sleep(PAUSE)
-        benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
+        benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
         if benchmark.stats is not None:  # None with --benchmark-disable
             results = request.config.stash.setdefault(MEDIANS, {})
             results.setdefault(group, {})[implementation.name] = benchmark.stats.stats.median

@@ -12,7 +12,7 @@ DIRECTIONS = tuple(BATCH)
 
 # One block a network, each of another kind: separable; relu6; 5x5 with squeeze-excite; hard-swish with both.
 QUICK_BLOCKS = {"mobilenet_v1": 6, "mobilenet_v2": 2, "mobilenet_v3_large": 4, "mobilenet_v3_small": 4}
-QUICK_NETWORKS = ("mobilenet_v3_small",)
+QUICK_NETWORKS = ("mobilenet_v3_large",)
 
 
 def block_cases(full: bool) -> list[tuple[str, BlockShape, int]]:

@@ -11,10 +11,13 @@ from .layers import BATCH, DIRECTIONS, network_cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.option.benchmark_full
+    # Compiling a whole network takes minutes: the quick subset compiles blocks alone.
+    implementations = [implementation for implementation in IMPLEMENTATIONS if full or not implementation.compiled]
     # The last one varies fastest: the implementations of a group run next to each other.
-    metafunc.parametrize("network", network_cases(full=metafunc.config.option.benchmark_full))
+    metafunc.parametrize("network", network_cases(full))
     metafunc.parametrize("direction", DIRECTIONS)
-    metafunc.parametrize("implementation", IMPLEMENTATIONS, ids=lambda implementation: implementation.name)
+    metafunc.parametrize("implementation", implementations, ids=lambda implementation: implementation.name)
 
 
 def test_network(timed, device, network, direction, implementation):

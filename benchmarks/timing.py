@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -23,15 +24,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def system_info(device: torch.device) -> dict[str, str | int]:
-    """Versions, threads and hardware, as recorded with every result."""
-    info: dict[str, str | int] = {
+def system_info(device: torch.device) -> dict[str, str | float]:
+    """Versions, threads and hardware, as recorded with every result; the load tells whether the machine was idle."""
+    info: dict[str, str | float] = {
         "mbn_kernels": mbn_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
     }
     if device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(device)

@@ -88,6 +88,9 @@ def stage_spec(
     """One stage as text. The operators take a chain as text because a string is what a schema, a graph and a cache can
     hold.
     """
+    # Taken from a set, eps is a constant to torch.compile; where modules differ in it, it would else be a symbol, and
+    # those have no text.
+    (eps,) = frozenset((eps,))
     gate_text = f"{gate[0]}/{gate[1]}" if gate else "-"
     return (
         f"{conv} {kernel[0]},{kernel[1]} {stride[0]},{stride[1]} {padding[0]},{padding[1]},{padding[2]},{padding[3]} "
@@ -100,8 +103,18 @@ def chain_spec(name: str, stages: Sequence[str]) -> str:
     return name + ": " + "; ".join(stages)
 
 
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A parsed chain. There is one object per text, compared by identity: what depends on a chain alone is cached by
+    it.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+
+
 @lru_cache(maxsize=4096)
-def parse(spec: str) -> tuple[str, tuple[Stage, ...]]:
+def parse(spec: str) -> Chain:
     """The inverse of :func:`chain_spec`."""
 
     def numbers(text: str) -> tuple[int, ...]:
@@ -125,7 +138,7 @@ def parse(spec: str) -> tuple[str, tuple[Stage, ...]]:
                 None if gate == "-" else tuple(gate.split("/")),
             )
         )
-    return name, tuple(stages)
+    return Chain(name, tuple(stages))
 
 
 def stage_parameters(stages: Sequence[Stage], flat: Sequence) -> list[dict]:
@@ -174,11 +187,13 @@ class Kernels(Protocol):
     ``residual``, and ``sums`` are those of :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
     """
 
-    def evaluates(self, stages: Sequence[Stage]) -> bool:
+    def evaluates(self, chain: Chain) -> bool:
         """Whether :meth:`evaluate` runs this chain; every stage then normalises by its running statistics."""
 
-    def evaluate(self, x: Tensor, stages: Sequence[Stage], flat: Sequence[Tensor], residual: bool) -> Tensor:
-        """The whole chain in one call, where nothing is saved for backward."""
+    def evaluate(self, x: Tensor, chain: Chain, flat: Sequence[Tensor], residual: bool) -> Tensor:
+        """The whole chain in one call, where nothing is saved for backward. It takes unchecked arguments and raises
+        RuntimeError for those that do not fit.
+        """
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool): ...
     def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool): ...
@@ -214,8 +229,6 @@ def forward(
     """Runs the chain: (output, [mean, unbiased var of each batch-normalised stage], what :func:`backward` needs
     besides x and parameters).
     """
-    if not save and kernels.evaluates(stages):
-        return kernels.evaluate(x, stages, flat, residual), [], []
     u, statistics, saved = Value(x), [], []
     for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
         batch = stage.norm == "batch"
@@ -329,7 +342,8 @@ def _through_norm(
     if norm is None:
         return Gradient(dv, value, q), found
     if stage.affine:
-        found["bn_weight"], found["bn_bias"] = dgamma, dbeta
+        # Copies: an operator's outputs may not share memory, and without a gate these are two halves of `sums`.
+        found["bn_weight"], found["bn_bias"] = dgamma.clone(), dbeta.clone()
     a, b, c = norm.scale, None, None
     if stage.norm == "batch":
         count = max(value.y.numel() // max(value.y.shape[1], 1), 1)

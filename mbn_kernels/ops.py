@@ -32,17 +32,30 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 def _chain(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
-    name, stages = chain.parse(spec)
-    check_chain(name, x, stages, params, residual)
-    unsupported = backends.get(backend).supports(x.device, x.dtype)
+    parsed, chosen = chain.parse(spec), backends.get(backend)
+    if not save and chosen.kernels.evaluates(parsed):
+        try:
+            return chosen.kernels.evaluate(x, parsed, params, residual), [], []
+        except RuntimeError:
+            # The kernel checks everything itself; only where it refuses is it worth finding the best words.
+            _check(parsed, chosen, backend, x, params, residual)
+            raise
+    _check(parsed, chosen, backend, x, params, residual)
+    params = [p.contiguous() for p in params]
+    return chain.forward(chosen.kernels, _channels_last(x), parsed.stages, params, residual, save)
+
+
+def _check(parsed: chain.Chain, chosen: backends.Backend, backend: str, x: Tensor, params, residual: bool) -> None:
+    check_chain(parsed.name, x, parsed.stages, params, residual)
+    unsupported = chosen.supports(x.device, x.dtype)
     if unsupported:
-        raise TypeError(f"{name}: x: backend {backend!r} expected {unsupported}")
-    return chain.forward(backends.get(backend).kernels, _channels_last(x), stages, params, residual, save)
+        raise TypeError(f"{parsed.name}: x: backend {backend!r} expected {unsupported}")
 
 
 def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
-    name, stages = chain.parse(spec)
-    check_chain(name, x, stages, params, residual)
+    parsed = chain.parse(spec)
+    stages = parsed.stages
+    check_chain(parsed.name, x, stages, params, residual)
     dtype, shape, statistics, saved = chain.accumulate_dtype(x.dtype), tuple(x.shape), [], []
     for stage, p in zip(stages, chain.stage_parameters(stages, params), strict=True):
         shape = stage.output_shape(shape, p["weight"].shape if "weight" in p else None)
@@ -68,7 +81,7 @@ def _chain_backward(
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    stages = chain.parse(spec)[1]
+    stages, params = chain.parse(spec).stages, [p.contiguous() for p in params]
     found = chain.backward(
         backends.get(backend).kernels, _channels_last(dout), _channels_last(x), stages, params, saved, residual, needs
     )
@@ -116,13 +129,16 @@ def _autocast(device_type: str):
 
     def run(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
         dtype = torch.get_autocast_dtype(device_type)
-        stages = chain.parse(spec)[1]
+        stages, given = chain.parse(spec).stages, x
         names = [name for stage in stages for name in stage.parameter_names]
-        if x.dtype != torch.float64:
+        # As stock's autocast: convolutions run in its dtype, float64 stays, and so does what no convolution takes in.
+        if x.dtype != torch.float64 and stages[0].conv != "none":
             x = x.to(dtype)
             params = [p.to(dtype) if name == "weight" else p for p, name in zip(params, names, strict=True)]
+        wider = residual and x.dtype != given.dtype  # a residual is added as it was given, not as it was cast
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return _OP(x, params, spec, residual, save, backend)
+            out, statistics, saved = _OP(x, params, spec, residual and not wider, save, backend)
+        return (out + given if wider else out), statistics, saved
 
     return run
 
@@ -141,7 +157,7 @@ def _flops(x_shape: Sequence[int], param_shapes: Sequence[Sequence[int]], spec: 
     """(convolution, gate) multiply-add flops of each stage, by the convention of torch.utils.flop_counter: two per
     multiply-add.
     """
-    stages, shape, counts = chain.parse(spec)[1], tuple(x_shape), []
+    stages, shape, counts = chain.parse(spec).stages, tuple(x_shape), []
     for stage, p in zip(stages, chain.stage_parameters(stages, param_shapes), strict=True):
         shape = stage.output_shape(shape, p.get("weight"))
         n, c, h, w = shape
@@ -158,7 +174,7 @@ def _chain_flops(x_shape, param_shapes, spec, residual, save, backend, *args, ou
 @register_flop_formula(torch.ops.mbn.chain_backward)
 def _chain_backward_flops(dout_shape, x_shape, param_shapes, saved, spec, residual, needs, *args, **kwargs) -> int:
     """Each convolution's input gradient and weight gradient cost what its forward does, where they are asked for."""
-    stages, counts = chain.parse(spec)[1], _flops(x_shape, param_shapes, spec)
+    stages, counts = chain.parse(spec).stages, _flops(x_shape, param_shapes, spec)
     wanted, total, upstream = chain.stage_parameters(stages, needs[1:]), 0, needs[0]
     for (conv, gate), w in zip(counts, wanted, strict=True):
         total += conv * (upstream + w.get("weight", False)) + 2 * gate

@@ -304,7 +304,8 @@ class Expected:
         """Every breach, so that one failure shows all of them.
 
         Of a derivative at NaN stock makes 0 or 1 as its loops happen to be vectorised, and it hides NaN behind a
-        derivative of 0. So where inputs are ``not_finite``, gradients need only be NaN wherever stock's are.
+        derivative of 0. So where inputs are ``not_finite``, gradients need only be NaN wherever stock's are. Of running
+        statistics infinity may be NaN.
         """
         assert got.keys() == self.oracle.keys()
         found = []
@@ -316,6 +317,9 @@ class Expected:
             elif self.not_finite and name.startswith("grad"):
                 if (stock.isnan() & ~t.isnan()).any():
                     found.append(f"{name}: finite where stock is NaN")
+            elif self.not_finite and "running" in name:
+                if not torch.equal(t.isfinite(), stock.isfinite()):
+                    found.append(f"{name}: {int(t.isfinite().sum())} finite, stock {int(stock.isfinite().sum())}")
             elif not torch.equal(t.isnan(), stock.isnan()):
                 found.append(f"{name}: {int(t.isnan().sum())} NaN of {t.numel()}, stock {int(stock.isnan().sum())}")
             elif not error <= bound:

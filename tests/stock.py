@@ -1,6 +1,6 @@
 """The family's blocks written again in stock PyTorch, with the keys and signatures that the fused ones promise.
 
-Nothing of mbn_kernels is used here, so that the oracle of a block is not the block's own plain path.
+Nothing of mbn_kernels is used in them, so that the oracle of a block is not the block's own plain path.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from oracle import KINKS, Tensors, exact_hardsigmoid, gap_shift
 from torch import Tensor, nn
+
+from mbn_kernels import FusedInvResBlock
 
 ACTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hs": nn.Hardswish, "hardswish": nn.Hardswish, "silu": nn.SiLU}
 
@@ -147,3 +149,45 @@ def run_module(module: nn.Module, t: Tensors) -> dict[str, Tensor]:
         with torch.no_grad():
             found["out without gradients"] = module(x)
     return found
+
+
+# One small block of every feature, for tests of how modules behave ----------------------------------------------------
+
+SIGNATURE = (4, 3, 12, 4, True, "hs", 1)
+
+
+def make_input(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(2, 4, 7, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def block() -> FusedInvResBlock:
+    return randomize(FusedInvResBlock(*SIGNATURE))
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    twin = InvResBlock(*SIGNATURE).to(next(module.parameters()).dtype)
+    twin.load_state_dict(module.state_dict(), strict=True)
+    return twin.train(module.training)
+
+
+def pull(out: Tensor) -> None:
+    """Backward from a gradient that batch norm does not cancel, as it would that of a sum or of a sum of squares."""
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+
+
+def step(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, gradients and buffers of one training or evaluation step."""
+    module.zero_grad()
+    leaf = x.clone().requires_grad_()
+    out = module(leaf)
+    pull(out)
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    return [out.detach(), leaf.grad, *grads, *(b.clone() for b in module.buffers())]
+
+
+def assert_same(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-5) -> None:
+    """Equal to rounding of the largest element of each."""
+    assert len(a) == len(b)
+    for got, expected in zip(a, b, strict=True):
+        scale = max(expected.abs().max().item(), 1.0)
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale)

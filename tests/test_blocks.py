@@ -198,7 +198,7 @@ def test_states_of_batch_norm(backend: str, change: Callable, signature: tuple, 
             leaf = x.clone().requires_grad_()
             module.zero_grad()
             out = module(leaf)
-            out.square().sum().backward()
+            stock.pull(out)
             results.append({"out": out, "x": leaf.grad} | {n: p.grad for n, p in module.named_parameters()})
             results[-1] |= dict(module.named_buffers())
         for name, expected in results[1].items():
@@ -237,7 +237,7 @@ def test_only_wanted_gradients(backend: str, wanted: str, of_input: bool, traini
         for p in WANTED[wanted](module):
             p.requires_grad_(True)
         x = torch.linspace(-2, 2, 3 * 4 * 6 * 5, dtype=torch.float64).reshape(3, 4, 6, 5).requires_grad_(of_input)
-        module(x).square().sum().backward()
+        stock.pull(module(x))
         results.append({"x": x.grad} | {name: p.grad for name, p in module.named_parameters()})
     for name, expected in results[1].items():
         assert (results[0][name] is None) == (expected is None), name

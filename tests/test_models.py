@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -73,6 +72,12 @@ def oracle_of(plain: nn.Module) -> nn.Module:
     return oracle
 
 
+def scale(found: dict[str, Tensor], key: str) -> float:
+    """The largest magnitude; for a mean, which may cancel, at least that of the deviation from it."""
+    deviation = magnitude(found[key[:-4] + "var"]) ** 0.5 if key.endswith("running_mean") else 0.0
+    return max(magnitude(found[key]), deviation)
+
+
 def train_step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Loss, gradients and running statistics of one step, by name; the model is left as it was."""
     model = copy.deepcopy(model).train()
@@ -80,18 +85,6 @@ def train_step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]
     loss.backward()
     found = {"loss": loss.detach()} | {f"grad {k}": p.grad for k, p in model.named_parameters()}
     return found | {k: b for k, b in model.named_buffers() if "running" in k}
-
-
-def hold(got: dict[str, Tensor], results: Callable[[nn.Module, Tensor], dict], plain: nn.Module, x: Tensor) -> None:
-    """Holds float32 results to the tolerance of oracle.py; ``results`` computes them from a model and its input."""
-    oracle = oracle_of(plain)
-    expected = Expected(torch.float32, results(oracle, x.double()), results(plain, x))
-    for _ in range(DRAWS):
-        if not expected.breaches(got):
-            break
-        drawn = x * (1 + torch.finfo(x.dtype).eps * (torch.rand(x.shape, dtype=torch.float64) - 0.5))
-        expected.draw(results(oracle, drawn), results(plain, drawn.float()))
-    assert not expected.breaches(got), "\n".join(["beyond the tolerance:", *expected.breaches(got)])
 
 
 @EVERY
@@ -126,34 +119,50 @@ def test_same_seed_same_weights(name):
 
 @EVERY
 def test_evaluation(name):
-    fused, plain = twins(name)
-    fused.eval()
-    plain.eval()
-    x = torch.randn(4, 3, 64, 64)
+    fused, plain = (model.eval() for model in twins(name))
+    oracle, x = oracle_of(plain), torch.randn(4, 3, 64, 64)
     with torch.no_grad():
-        hold({"out": fused(x)}, lambda model, x: {"out": model(x)}, plain, x)
+        got = {"out": fused(x)}
+        expected = Expected(torch.float32, {"out": oracle(x.double())}, {"out": plain(x)})
+        for _ in range(DRAWS):
+            if not expected.breaches(got):
+                break
+            drawn = (x * (1 + torch.finfo(x.dtype).eps * (torch.rand(x.shape, dtype=torch.float64) - 0.5))).float()
+            expected.draw({"out": oracle(drawn.double())}, {"out": plain(drawn)})
+        assert not expected.breaches(got), "\n".join(["beyond the tolerance:", *expected.breaches(got)])
 
 
 @EVERY
-def test_training_in_float64(name):
+def test_training(name):
+    """Float64 shows that every gradient is the right one, float32 that a network adds up no more error than stock."""
     fused, plain = twins(name)
     x, target = torch.randn(4, 3, 64, 64), torch.arange(4)
-    got, expected = train_step(fused.double(), x, target), train_step(oracle_of(plain), x, target)
-    assert got.keys() == expected.keys()
+    oracle = train_step(oracle_of(plain), x, target)
+    double = train_step(copy.deepcopy(fused).double(), x, target)
+    assert double.keys() == oracle.keys()
     # Of a bias that the next batch norm takes out again the gradient is 0 but for rounding: others give it its scale.
-    floor = 1e-3 * max(magnitude(value) for key, value in expected.items() if key.startswith("grad"))
-    for key, value in expected.items():
-        assert max_error(got[key], value) <= 1e-9 * max(magnitude(value), floor), key
+    floor = 1e-3 * max(magnitude(value) for key, value in oracle.items() if key.startswith("grad"))
+    for key, value in oracle.items():
+        least = floor if key.startswith("grad") else 0.0
+        assert max_error(double[key], value) <= 1e-9 * max(scale(oracle, key), least), key
+
+    def errors(found: dict[str, Tensor]) -> list[float]:
+        """Of the loss, the running statistics and the gradient, each as a whole: errors travel through a network."""
+        running = [max_error(found[key], oracle[key]) / scale(oracle, key) for key in oracle if "running" in key]
+        grads = [key for key in oracle if key.startswith("grad")]
+        gradient, exact = (torch.cat([f[key].flatten().double() for key in grads]) for f in (found, oracle))
+        relative = (gradient - exact).norm() / exact.norm()
+        return [max_error(found["loss"], oracle["loss"]) / magnitude(oracle["loss"]), max(running), relative.item()]
+
+    eps = torch.finfo(torch.float32).eps
+    # Among a million values one may round to the other side of a kink, in stock as here: its gradient is then not near.
+    slack = [4 * eps, eps, 0.01]
+    got, stock = (errors(train_step(model, x, target)) for model in (fused, plain))
+    for error, stock_error, allowed in zip(got, stock, slack, strict=True):
+        assert error <= 2 * stock_error + allowed
 
 
-@EVERY
-def test_training_in_float32(name):
-    fused, plain = twins(name)
-    x, target = torch.randn(4, 3, 64, 64), torch.arange(4)
-    hold(train_step(fused, x, target), lambda model, x: train_step(model, x, target), plain, x)
-
-
-@pytest.mark.parametrize("width", [0.25, 0.35, 0.5, 0.75, 1.0, 1.4])
+@pytest.mark.parametrize("width", [0.25, 0.35, 0.75, 1.4])
 @EVERY
 def test_widths_and_odd_resolutions(name, width):
     options = {"width_mult": width} if name in PAPER else {"width_exp": width}
@@ -165,8 +174,9 @@ def test_widths_and_odd_resolutions(name, width):
             got, expected = fused.train(training)(x), plain.train(training)(x)
             assert got.shape == (2, 10)
             assert max_error(got, expected) <= 1e-9 * magnitude(expected)
-    for key, value in plain.named_buffers():
-        assert max_error(fused.get_buffer(key), value) <= 1e-9 * magnitude(value), key
+    buffers = dict(plain.named_buffers())
+    for key, value in buffers.items():
+        assert max_error(fused.get_buffer(key), value) <= 1e-9 * scale(buffers, key), key
 
 
 @EVERY
@@ -201,7 +211,7 @@ def test_batch_norm_settings(name, eps, momenta):
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {m.eps for m in norms} == {eps} and {m.momentum for m in norms} == momenta
     if name in CFGS:
-        assert model.last_conv[1].momentum == 0.1
+        assert model.get_submodule("last_conv.1").momentum == 0.1
     else:
         norms = [m for m in build(name, True, bn_eps=2e-5, bn_momentum=0.2).modules() if isinstance(m, nn.BatchNorm2d)]
         assert {(m.eps, m.momentum) for m in norms} == {(2e-5, 0.2)}
@@ -268,13 +278,13 @@ def test_review_arguments():
 
     wide = MobileNetV3(3, review_small_cfgs(), 10, True, 2.0)
     assert wide.blocks[-1].layers[-1][0].weight.shape == (192, 576, 1, 1)
-    assert wide.last_conv[0].weight.shape == (576, 192, 1, 1)
+    assert wide.get_parameter("last_conv.0.weight").shape == (576, 192, 1, 1)
 
     cfgs = [(3, 16, 16, True, "relu", 2), (3, None, 24, True, "relu", 1), 32]
     small = MobileNetV3(3, cfgs, 5).eval()
     with torch.no_grad():
         h = small.last_conv(small.blocks(small.conv1(torch.randn(2, 3, 32, 32))))
-    assert h.shape == (2, 24, 6, 6) and isinstance(small.last_conv[2], nn.ReLU)
+    assert h.shape == (2, 24, 6, 6) and isinstance(small.get_submodule("last_conv.2"), nn.ReLU)
     assert small.se_block.excitation[0].out_features == 6
 
 

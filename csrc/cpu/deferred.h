@@ -64,18 +64,19 @@ template <class S>
 struct GradientLanes {
   ValueLanes<S> of;
   Vec<Accumulate<S>> q, a, b, c;
+  bool affine;  // b and c are given; without them b*y must not be formed: 0 * Inf is NaN
 };
 template <class S>
 MBN_INLINE GradientLanes<S> gradient_lanes(const Gradient<S>& g, int64_t n, int64_t channels, int64_t c, int count) {
   using T = Accumulate<S>;
   return {value_lanes(g.of, n, channels, c, count), load_or<T>(g.q, n * channels + c, count, 0), load_or<T>(g.a, c, count, 1),
-          load_or<T>(g.b, c, count, 0), load_or<T>(g.c, c, count, 0)};
+          load_or<T>(g.b, c, count, 0), load_or<T>(g.c, c, count, 0), g.b != nullptr};
 }
 // y is ignored (pass zero) where the activation is the identity and g.b is null.
 template <Act A, class S>
 MBN_INLINE Vec<Accumulate<S>> gradient_of(const GradientLanes<S>& l, Vec<Accumulate<S>> dv, Vec<Accumulate<S>> y) {
   const Vec<Accumulate<S>> h = (dv * l.of.gate + l.q) * activate_grad<A>(l.of.scale * y + l.of.shift);
-  return l.a * h + l.b * y + l.c;
+  return l.affine ? l.a * h + l.b * y + l.c : l.a * h;
 }
 
 }  // namespace MBN_ISA

@@ -9,29 +9,28 @@ namespace mbn {
 namespace MBN_ISA {
 
 // How a row of the input's gradient is made from rows of the output's gradient.
-enum class Transpose { convolve, spread, scatter };
+enum class Transpose { convolve, spread, general };
 MBN_INLINE Transpose transpose_of(const Window& w) {
-  if (w.stride_w == 1) return Transpose::convolve;
-  const bool compiled = w.kernel_w == 3 || w.kernel_w == 5 || w.kernel_w == 7;
-  return w.stride_w == 2 && w.dilation_w == 1 && compiled ? Transpose::spread : Transpose::scatter;
+  const bool compiled = (w.kernel_w == 3 || w.kernel_w == 5 || w.kernel_w == 7) && w.dilation_w == 1 && w.stride_w <= 2;
+  return !compiled ? Transpose::general : w.stride_w == 1 ? Transpose::convolve : Transpose::spread;
 }
 
 // What a strip's row of the input's gradient reads of the output's gradient; columns outside of the image are zeros in the ring.
 struct StripGradient {
   Range columns;  // of the input
   Range reads;    // of the output's gradient
-  int64_t before, pairs;  // Transpose::spread works on pairs of columns; `before` is 1 where the first pair begins before the strip
+  int64_t steps, before;  // Transpose::spread takes two columns a step; `before` is 1 where the first begins before the strip
 };
 MBN_INLINE StripGradient strip_gradient(const Plan& plan, int64_t strip, Transpose transpose) {
   const Window& w = plan.w;
   const Range columns = in_columns(plan, strip);
   const Range reads = reached_by(columns, w.kernel_w, w.stride_w, w.dilation_w, w.pad_left);
   if (length(columns) <= 0) return {columns, {0, 0}, 0, 0};
-  if (transpose == Transpose::convolve) return {columns, reads, 0, 0};
-  if (transpose == Transpose::scatter) return {columns, clip(reads, plan.out_width), 0, 0};
+  if (transpose == Transpose::convolve) return {columns, reads, length(columns), 0};
+  if (transpose == Transpose::general) return {columns, clip(reads, plan.out_width), length(columns), 0};
   const int64_t before = (columns.begin + w.pad_left) & 1, first = (columns.begin + w.pad_left - before) / 2;
-  const int64_t pairs = (length(columns) + before + 1) / 2;
-  return {columns, {first - (w.kernel_w - 1) / 2, first + pairs}, before, pairs};
+  const int64_t steps = (length(columns) + before + 1) / 2;
+  return {columns, {first - (w.kernel_w - 1) / 2, first + steps}, steps, before};
 }
 
 // The largest extents over all chunks and strips: what scratch has to hold.
@@ -78,30 +77,75 @@ struct BackwardPlan {
     for (int64_t i = 0; i < plan.strips; ++i) {
       e.gradient_columns = larger(e.gradient_columns, length(gradient_columns(i)));
       e.value_columns = larger(e.value_columns, length(value_columns(i)));
-      e.tile_columns = larger(e.tile_columns, length(in_columns(plan, i)) + 2);
+      e.tile_columns = larger(e.tile_columns, length(in_columns(plan, i)));
     }
     return e;
   }
 };
 
-// Adds the residual to a tile of the input's gradient, stores it, and adds its sums to `into` [Q][lane].
+// A tile of the input's gradient, [row][column][lane] with row_stride from row to row, and where it goes.
+template <class T>
+struct GradientTile {
+  const T* data;
+  int64_t row_stride, rows, columns;
+  int64_t image, row, column;
+};
+
+// Adds the residual, stores, and adds the tile's sums to `into` [Q][lane].
 template <class S, Act A, int Q, class Count>
-static void store_input_gradient(const DepthwiseBackward<S>& p, const Accumulate<S>* tile, int64_t tile_stride, Range rows,
-                                 Range columns, int64_t n, int64_t c, Count count, Accumulate<S>* into) {
+static void store_input_gradient(const DepthwiseBackward<S>& p, const GradientTile<Accumulate<S>>& t, int64_t c, Count count,
+                                 Accumulate<S>* into) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
   const SumLanes<S> lanes = sum_lanes(p.u, p.sums, c, count);
-  SumVectors<S, Q> sum = {};
-  for (int64_t row = rows.begin; row < rows.end; ++row, tile += tile_stride) {
-    const int64_t at = ((n * p.height + row) * p.width + columns.begin) * p.channels + c;
-    for (int64_t i = 0; i < length(columns); ++i) {
-      Vec<T> dv = load(tile + i * L);
-      if (p.residual) dv += load(p.residual + at + i * p.channels, count);
-      if (p.du) store(p.du + at + i * p.channels, dv, count);
-      if constexpr (Q > 0) accumulate<A>(sum, lanes, rounded_to<S>(dv), load(p.u.y + at + i * p.channels, count));
+  SumVectors<S, Q> sum;
+  for (int q = 0; q < Q; ++q) sum.at[q] = load(into + q * L);
+  const int64_t stride = p.channels;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const T* from = t.data + r * t.row_stride;
+    const int64_t at = ((t.image * p.height + t.row + r) * p.width + t.column) * stride + c;
+    const S *residual = p.residual ? p.residual + at : nullptr, *y = p.u.y + at;
+    S* du = p.du ? p.du + at : nullptr;
+    for (int64_t i = 0; i < t.columns; ++i) {
+      Vec<T> dv = load(from + i * L);
+      if (residual) dv += load(residual + i * stride, count);
+      if (du) store(du + i * stride, dv, count);
+      if constexpr (Q > 0) accumulate<A>(sum, lanes, rounded_to<S>(dv), load(y + i * stride, count));
     }
   }
-  for (int q = 0; q < Q; ++q) store(into + q * L, load(into + q * L) + sum.at[q]);
+  for (int q = 0; q < Q; ++q) store(into + q * L, sum.at[q]);
+}
+template <class S>
+using StoreInputGradient = void (*)(const DepthwiseBackward<S>&, const GradientTile<Accumulate<S>>&, int64_t, int, Accumulate<S>*);
+template <class S, Act A, int Q>
+static void store_input_gradient_lanes(const DepthwiseBackward<S>& p, const GradientTile<Accumulate<S>>& t, int64_t c, int count,
+                                       Accumulate<S>* into) {
+  with_lanes<Accumulate<S>>(count, [&](auto n) { store_input_gradient<S, A, Q>(p, t, c, n, into); });
+}
+template <class S>
+MBN_INLINE StoreInputGradient<S> store_input_gradient_for(const DepthwiseBackward<S>& p) {
+  StoreInputGradient<S> chosen = nullptr;
+  with_quantities(p.sums, p.u, [&](auto quantities) {
+    constexpr int kQ = decltype(quantities)::count;
+    if constexpr (kQ == 0) {
+      chosen = &store_input_gradient_lanes<S, Act::identity, 0>;
+    } else {
+      with_act(p.u.act, [&](auto act) { chosen = &store_input_gradient_lanes<S, decltype(act)::act, kQ>; });
+    }
+  });
+  return chosen;
+}
+
+// Where each column of a strip of the input's gradient reads, for Transpose::general.
+MBN_INLINE void fill_column_taps(const Plan& plan, const StripGradient& strip, int64_t gradient_begin, int64_t* taps) {
+  const Window& w = plan.w;
+  for (int64_t i = 0; i < length(strip.columns); ++i) {
+    for (int64_t k = 0; k < w.kernel_w; ++k) {
+      const int64_t place = strip.columns.begin + i + w.pad_left - k * w.dilation_w;
+      const bool read = place >= 0 && place % w.stride_w == 0 && place / w.stride_w < plan.out_width;
+      taps[i * w.kernel_w + k] = read ? (place / w.stride_w - gradient_begin) * plan.lanes : -1;
+    }
+  }
 }
 
 template <class T>
@@ -138,15 +182,16 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
   const BackwardExtents extents = b.extents();
   const int64_t taps = w.kernel_h * w.kernel_w, quantities = quantities_of(p.sums, p.u);
 
-  using RowKernel = void (*)(const RowWork<T>&, T*, int64_t);
-  RowKernel row_kernel = nullptr;
+  TileKernels<T> kernels;
   void (*weight_kernel)(const WeightWork<T>&, T*) = nullptr;
   with_width(w, [&](auto width) {
     constexpr int kKernel = width.kernel, kStride = width.stride;
     weight_kernel = &weight_gradient<T, kKernel, kStride>;
-    if constexpr (kStride == 2) row_kernel = &spread_row<T, kKernel>;
-    if constexpr (kStride != 2) row_kernel = &convolve_row<T, kKernel, kStride>;
+    if constexpr (kStride == 0) kernels = general_kernels<T>();
+    if constexpr (kStride == 1) kernels = convolve_kernels<T, kKernel, 1>();
+    if constexpr (kStride == 2) kernels = spread_kernels<T, kKernel>();
   });
+  const StoreInputGradient<S> store_du = store_input_gradient_for(p);
 
   Scratch scratch;
   const int64_t sum_tiles = plan.strips * plan.bands;  // per image
@@ -158,13 +203,13 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
     Scratch local;
     Ring<T> gradients = make_ring<T>(local, plan.block_vectors, extents.gradient_rows, extents.gradient_columns);
     Ring<T> values = make_ring<T>(local, plan.block_vectors, extents.value_rows, extents.value_columns);
-    const int64_t tile_stride = ring_row_stride<T>(extents.tile_columns);
-    T* tile = take<T>(local, extents.tile_rows * tile_stride);
+    T* tile = take<T>(local, extents.tile_rows * kTileColumns * L);
     T* weights = take<T>(local, plan.block_vectors * taps * L);
     T* dweight = take<T>(local, plan.block_vectors * taps * L);
     T* sums = take<T>(local, plan.block_vectors * quantities * L);
     Tap* row_taps = take<Tap>(local, extents.tile_rows * w.kernel_h);
-    int64_t* row_count = take<int64_t>(local, extents.tile_rows);
+    int64_t* row_counts = take<int64_t>(local, extents.tile_rows);
+    int64_t* column_taps = take<int64_t>(local, extents.tile_columns * w.kernel_w);
     int64_t* gradient_at = take<int64_t>(local, plan.chunk_rows);
     int64_t* value_at = take<int64_t>(local, plan.chunk_rows * w.kernel_h);
 
@@ -174,6 +219,7 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
       const StripGradient strip = strip_gradient(plan, task.strip, b.transpose);
       gradients.columns = b.gradient_columns(task.strip);
       values.columns = b.value_columns(task.strip);
+      fill_column_taps(plan, strip, gradients.columns.begin, column_taps);
       pack_weights(plan, p.weight, task.vectors, b.transpose == Transpose::convolve, weights);
       if (p.dweight) clear(dweight, length(task.vectors) * taps * L);
 
@@ -187,11 +233,11 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
 
           const Range rows = b.wants_du ? in_rows(plan, chunk) : Range{0, 0};
           for (int64_t r = 0; r < length(rows); ++r) {
-            row_count[r] = 0;
+            row_counts[r] = 0;
             for (int64_t k = 0; k < w.kernel_h; ++k) {
               const int64_t place = rows.begin + r + w.pad_top - k * w.dilation_h;
               if (place < 0 || place % w.stride_h != 0 || place / w.stride_h >= p.out_height) continue;
-              row_taps[r * w.kernel_h + row_count[r]++] = {ring_offset(gradients, place / w.stride_h), k * w.kernel_w * L};
+              row_taps[r * w.kernel_h + row_counts[r]++] = {ring_offset(gradients, place / w.stride_h), k * w.kernel_w * L};
             }
           }
           const Range weight_rows = p.dweight ? out_rows(plan, chunk) : Range{0, 0};
@@ -204,41 +250,28 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
             }
           }
 
-          for (int64_t v = task.vectors.begin; v < task.vectors.end; ++v) {
-            const int64_t lv = v - task.vectors.begin;
-            const T* gradient = gradients.data + lv * gradients.vector_stride;
-            if (length(weight_rows) > 0 && length(out) > 0) {
-              weight_kernel({gradient + (out.begin - gradients.columns.begin) * L, values.data + lv * values.vector_stride,
-                             gradient_at, value_at, length(weight_rows), length(out), w.kernel_h, w.kernel_w, w.stride_w,
-                             w.dilation_w},
-                            dweight + lv * taps * L);
-            }
-            if (length(rows) <= 0 || length(strip.columns) <= 0) continue;
-            for (int64_t r = 0; r < length(rows); ++r) {
-              const RowWork<T> work = {gradient + (strip.reads.begin - gradients.columns.begin) * L, weights + lv * taps * L,
-                                       row_taps + r * w.kernel_h, row_count[r], w.kernel_w, w.stride_w, w.dilation_w};
-              T* to = tile + r * tile_stride;
-              if (b.transpose == Transpose::scatter) {
-                scatter_row(work, to, strip.columns, w.pad_left, strip.reads, strip.reads.begin);
-              } else {
-                row_kernel(work, to, b.transpose == Transpose::spread ? strip.pairs : length(strip.columns));
-              }
-            }
-            with_lanes<T>(lane_count(plan, v), [&](auto count) {
-              with_quantities(p.sums, p.u, [&](auto q) {
-                constexpr int kQ = decltype(q)::count;
-                const auto finish = [&](auto act) {
-                  store_input_gradient<S, decltype(act)::act, kQ>(p, tile + strip.before * L, tile_stride, rows, strip.columns, n,
-                                                                  v * L, count, sums + lv * kQ * L);
-                };
-                if constexpr (kQ == 0) {
-                  finish(ActTag<Act::identity>{});
-                } else {
-                  with_act(p.u.act, finish);
-                }
-              });
-            });
+          for (int64_t v = 0; length(weight_rows) > 0 && length(out) > 0 && v < length(task.vectors); ++v) {
+            weight_kernel({gradients.data + v * gradients.vector_stride + (out.begin - gradients.columns.begin) * L,
+                           values.data + v * values.vector_stride, gradient_at, value_at, length(weight_rows), length(out), w.kernel_h,
+                           w.kernel_w, w.stride_w, w.dilation_w},
+                          dweight + v * taps * L);
           }
+          if (length(rows) <= 0) continue;
+          const TileRows work = {row_taps, row_counts, length(rows), w.kernel_h, column_taps, w.kernel_w};
+          const int64_t reads = b.transpose == Transpose::general ? 0 : strip.reads.begin - gradients.columns.begin;
+          for_tiles(kernels, strip.steps, [&](TileKernel<T> kernel, int64_t step, int64_t count) {
+            const int64_t place = strip.columns.begin - strip.before + step * kernels.width;
+            const Range columns = {larger(place, strip.columns.begin), smaller(place + count * kernels.width, strip.columns.end)};
+            const GradientTile<T> made = {tile + (columns.begin - place) * L, count * kernels.width * L, length(rows), length(columns),
+                                          n, rows.begin, columns.begin};
+            for (int64_t v = 0; v < length(task.vectors); ++v) {
+              const int64_t at = ((n * p.height + rows.begin) * p.width + columns.begin) * p.channels + (task.vectors.begin + v) * L;
+              if (p.du) prefetch_tile(p.du + at, length(rows), length(columns), p.width * p.channels, p.channels);
+              kernel(work, gradients.data + v * gradients.vector_stride + reads * L, weights + v * taps * L, step, tile);
+              const int64_t vector = task.vectors.begin + v;
+              store_du(p, made, vector * L, lane_count(plan, vector), sums + v * quantities * L);
+            }
+          });
         }
         const int64_t number = n * sum_tiles + task.strip * plan.bands + task.band;
         for (int64_t v = task.vectors.begin; v < task.vectors.end; ++v) {

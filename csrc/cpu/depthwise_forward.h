@@ -7,28 +7,49 @@
 namespace mbn {
 namespace MBN_ISA {
 
-// Stores one vector of a tile [pixels][lane] to the rows of y; the tile becomes what was stored. Returns the sum over the tile.
+// Stores a tile [row][column][lane] to y and adds what was stored to the moments; the first tile of a chunk chooses their shift.
 template <class S, class Count>
-MBN_INLINE Vec<Accumulate<S>> store_tile(Accumulate<S>* tile, S* y, int64_t rows, int64_t columns, int64_t row_stride,
-                                         int64_t pixel_stride, Count count) {
+static void store_output(const Accumulate<S>* tile, S* y, int64_t rows, int64_t columns, int64_t row_stride, int64_t pixel_stride,
+                         Count count, ShiftedMoments<Accumulate<S>>* moments, bool first) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
-  Vec<T> sum = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c, tile += L) {
-      const Vec<T> v = load(tile);
-      S* to = y + r * row_stride + c * pixel_stride;
-      store(to, v, count);
-      if constexpr (sizeof(S) != sizeof(T)) {
-        const Vec<T> kept = rounded_to<S>(v);
-        store(tile, kept);
-        sum += kept;
-      } else {
-        sum += v;
-      }
+  if (moments == nullptr) {
+    for (int64_t r = 0; r < rows; ++r, y += row_stride) {
+      for (int64_t c = 0; c < columns; ++c, tile += L) store(y + c * pixel_stride, load(tile), count);
+    }
+    return;
+  }
+  ShiftedMoments<T> m = *moments;
+  if (first) {
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < rows * columns; ++i) sum += rounded_to<S>(load(tile + i * L));
+    m.shift = sum / T(rows * columns);
+    m.sum = m.square = Vec<T>{};
+  }
+  Vec<T> sum = {}, square = {};  // a second chain: an addition takes four cycles
+  for (int64_t r = 0; r < rows; ++r, y += row_stride) {
+    int64_t c = 0;
+    for (; c + 2 <= columns; c += 2, tile += 2 * L) {
+      const Vec<T> v0 = load(tile), v1 = load(tile + L);
+      store(y + c * pixel_stride, v0, count);
+      store(y + (c + 1) * pixel_stride, v1, count);
+      const Vec<T> d0 = rounded_to<S>(v0) - m.shift, d1 = rounded_to<S>(v1) - m.shift;
+      m.sum += d0;
+      sum += d1;
+      m.square += d0 * d0;
+      square += d1 * d1;
+    }
+    if (c < columns) {
+      const Vec<T> v = load(tile), d = rounded_to<S>(v) - m.shift;
+      store(y + c * pixel_stride, v, count);
+      m.sum += d;
+      m.square += d * d;
+      tile += L;
     }
   }
-  return sum;
+  m.sum += sum;
+  m.square += square;
+  *moments = m;
 }
 
 template <class S>
@@ -37,7 +58,10 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
   constexpr int L = kLanes<T>;
   const Window& w = p.window;
   const Plan plan = plan_of(p, L, false);
-  const auto convolve = with_width(w, [](auto width) { return &convolve_row<T, width.kernel, width.stride>; });
+  const TileKernels<T> kernels = with_width(w, [](auto width) {
+    if constexpr (width.kernel > 0) return convolve_kernels<T, width.kernel, width.stride>();
+    return general_kernels<T>();
+  });
 
   Scratch scratch;
   const int64_t tiles_per_image = plan.strips * plan.chunks, tiles = p.images * tiles_per_image;
@@ -50,9 +74,14 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
     const int64_t width = (plan.strip_columns - 1) * w.stride_w + (w.kernel_w - 1) * w.dilation_w + 1;
     Ring<T> ring = make_ring<T>(local, plan.block_vectors, slots, width);
     T* weights = take<T>(local, plan.block_vectors * taps * L);
-    T* tile = take<T>(local, plan.chunk_rows * plan.strip_columns * L);
+    T* tile = take<T>(local, plan.chunk_rows * kTileColumns * L);
+    auto* moments = take<ShiftedMoments<T>>(local, plan.block_vectors);
     Tap* row_taps = take<Tap>(local, plan.chunk_rows * w.kernel_h);
-    int64_t* row_count = take<int64_t>(local, plan.chunk_rows);
+    int64_t* row_counts = take<int64_t>(local, plan.chunk_rows);
+    int64_t* column_taps = take<int64_t>(local, plan.strip_columns * w.kernel_w);
+    for (int64_t i = 0; i < plan.strip_columns * w.kernel_w; ++i) {
+      column_taps[i] = (i / w.kernel_w * w.stride_w + i % w.kernel_w * w.dilation_w) * L;
+    }
 
     for (int64_t index = first; index < last; ++index) {
       const Task task = task_of(plan, index);
@@ -67,29 +96,31 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
           load_value_rows(ring, clip(read_by(rows, w.kernel_h, w.stride_h, w.dilation_h, w.pad_top), p.height), task.vectors,
                           plan, p.u, n);
           for (int64_t r = 0; r < length(rows); ++r) {
-            Tap* tap = row_taps + r * w.kernel_h;
-            row_count[r] = 0;
+            row_counts[r] = 0;
             for (int64_t k = 0; k < w.kernel_h; ++k) {
               const int64_t row = (rows.begin + r) * w.stride_h - w.pad_top + k * w.dilation_h;
-              if (row >= 0 && row < p.height) tap[row_count[r]++] = {ring_offset(ring, row), k * w.kernel_w * L};
+              if (row < 0 || row >= p.height) continue;
+              row_taps[r * w.kernel_h + row_counts[r]++] = {ring_offset(ring, row), k * w.kernel_w * L};
             }
           }
-          const int64_t pixels = length(rows) * length(columns);
-          const int64_t number = n * tiles_per_image + task.strip * plan.chunks + chunk;
-          for (int64_t v = task.vectors.begin; v < task.vectors.end; ++v) {
-            const int64_t local_v = v - task.vectors.begin;
-            for (int64_t r = 0; r < length(rows); ++r) {
-              convolve({ring.data + local_v * ring.vector_stride, weights + local_v * taps * L, row_taps + r * w.kernel_h,
-                        row_count[r], w.kernel_w, w.stride_w, w.dilation_w},
-                       tile + r * length(columns) * L, length(columns));
+          const TileRows work = {row_taps, row_counts, length(rows), w.kernel_h, column_taps, w.kernel_w};
+          for_tiles(kernels, length(columns), [&](TileKernel<T> kernel, int64_t column, int64_t count) {
+            const int64_t at = ((n * p.out_height + rows.begin) * p.out_width + columns.begin + column) * p.channels;
+            for (int64_t v = 0; v < length(task.vectors); ++v) {
+              S* y = p.y + at + (task.vectors.begin + v) * L;
+              prefetch_tile(y, length(rows), count, p.out_width * p.channels, p.channels);
+              kernel(work, ring.data + v * ring.vector_stride, weights + v * taps * L, column, tile);
+              with_lanes<T>(lane_count(plan, task.vectors.begin + v), [&](auto lanes) {
+                store_output<S>(tile, y, length(rows), count, p.out_width * p.channels, p.channels, lanes,
+                                partials ? moments + v : nullptr, column == 0);
+              });
             }
-            with_lanes<T>(lane_count(plan, v), [&](auto count) {
-              S* y = p.y + ((n * p.out_height + rows.begin) * p.out_width + columns.begin) * p.channels + v * L;
-              const Vec<T> sum = store_tile<S>(tile, y, length(rows), length(columns), p.out_width * p.channels, p.channels, count);
-              if (partials) {
-                store_moments(moments_about<T>(sum / T(pixels), tile, pixels, L), partials, number, p.channels, v * L, count);
-              }
-            });
+          });
+          const int64_t number = n * tiles_per_image + task.strip * plan.chunks + chunk;
+          for (int64_t v = 0; partials && v < length(task.vectors); ++v) {
+            const int64_t vector = task.vectors.begin + v;
+            store_moments(finish(moments[v], T(length(rows) * length(columns))), partials, number, p.channels, vector * L,
+                          lane_count(plan, vector));
           }
         }
       }

@@ -82,7 +82,7 @@ MBN_INLINE Range reached_by(Range r, int64_t kernel, int64_t stride, int64_t dil
 
 template <class P>
 MBN_INLINE Plan plan_of(const P& p, int lanes, bool backward) {
-  constexpr int64_t kStrip = 64, kTilePixels = 112, kBlockVectors = 4, kWorthATask = 32768, kTasks = 64;
+  constexpr int64_t kStrip = 128, kChunkPixels = 224, kBlockVectors = 6, kWorthATask = 32768, kTasks = 64;
   Plan plan = {};
   plan.images = p.images, plan.channels = p.channels;
   plan.height = p.height, plan.width = p.width, plan.out_height = p.out_height, plan.out_width = p.out_width;
@@ -97,7 +97,8 @@ MBN_INLINE Plan plan_of(const P& p, int lanes, bool backward) {
   const int64_t rows = backward ? larger(p.out_height, ceil_div(p.height, p.window.stride_h)) : p.out_height;
   plan.strips = larger(ceil_div(columns, kStrip), int64_t{1});
   plan.strip_columns = larger(ceil_div(columns, plan.strips), int64_t{1});
-  plan.chunk_rows = smaller(larger(kTilePixels / plan.strip_columns, int64_t{1}), larger(rows, int64_t{1}));
+  plan.chunks = larger(ceil_div(rows, larger(kChunkPixels / plan.strip_columns, int64_t{1})), int64_t{1});
+  plan.chunk_rows = larger(ceil_div(rows, plan.chunks), int64_t{1});
   plan.chunks = larger(ceil_div(rows, plan.chunk_rows), int64_t{1});
 
   const int64_t cost = (backward ? 2 : 1) * p.window.kernel_h * p.window.kernel_w + (backward ? 24 : 12);
@@ -150,6 +151,11 @@ MBN_INLINE int64_t ring_offset(const Ring<T>& ring, int64_t row) {
 
 MBN_INLINE int lane_count(const Plan& p, int64_t vector) { return int(smaller(p.lanes, p.channels - vector * p.lanes)); }
 
+// Memory is walked in runs of this many pixels, all vectors of a block for each run: whole pixels one after another is what hardware
+// prefetches well, and per-channel numbers are still loaded once per run.
+constexpr int64_t kRunPixels = 8;
+constexpr int64_t kAheadPixels = 16;  // what is prefetched: hardware loses a stream that leaps over the other blocks' channels
+
 // Brings rows [rows.begin, rows.end) of image n into the ring: fill(vector, source pixel, pixels, destination) writes a run of one row.
 template <class T, class Fill>
 MBN_INLINE void load_rows(Ring<T>& ring, Range rows, Range vectors, int64_t n, int64_t height, int64_t width, const Fill& fill) {
@@ -157,18 +163,24 @@ MBN_INLINE void load_rows(Ring<T>& ring, Range rows, Range vectors, int64_t n, i
   const Range inside = clip(ring.columns, width);
   const int64_t before = smaller(inside.begin - ring.columns.begin, length(ring.columns));
   for (int64_t row = larger(ring.next, rows.begin); row < rows.end; ++row) {
-    for (int64_t v = vectors.begin; v < vectors.end; ++v) {
-      T* to = ring.data + (v - vectors.begin) * ring.vector_stride + ring_offset(ring, row);
-      for (int64_t c = 0; c < before; ++c) store(to + c * L, Vec<T>{});
-      fill(v, (n * height + row) * width + inside.begin, length(inside), to + before * L);
-      for (int64_t c = before + length(inside); c < length(ring.columns); ++c) store(to + c * L, Vec<T>{});
+    T* to = ring.data + ring_offset(ring, row);
+    const int64_t pixel = (n * height + row) * width;
+    for (int64_t v = 0; v < length(vectors); ++v) {
+      for (int64_t c = 0; c < before; ++c) store(to + v * ring.vector_stride + c * L, Vec<T>{});
+      for (int64_t c = before + length(inside); c < length(ring.columns); ++c) store(to + v * ring.vector_stride + c * L, Vec<T>{});
+    }
+    for (int64_t c = inside.begin; c < inside.end; c += kRunPixels) {
+      const int64_t run = smaller(kRunPixels, inside.end - c);
+      for (int64_t v = 0; v < length(vectors); ++v) {
+        fill(vectors.begin + v, pixel + c, run, to + v * ring.vector_stride + (c - ring.columns.begin) * L);
+      }
     }
   }
   ring.next = larger(ring.next, rows.end);
 }
 
 template <class S>
-MBN_INLINE void load_value_rows(Ring<Accumulate<S>>& ring, Range rows, Range vectors, const Plan& p, const Value<S>& u, int64_t n) {
+static void load_value_rows(Ring<Accumulate<S>>& ring, Range rows, Range vectors, const Plan& p, const Value<S>& u, int64_t n) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
   with_act(u.act, [&](auto act) {
@@ -176,29 +188,43 @@ MBN_INLINE void load_value_rows(Ring<Accumulate<S>>& ring, Range rows, Range vec
       with_lanes<T>(lane_count(p, v), [&](auto count) {
         const ValueLanes<S> lanes = value_lanes(u, n, p.channels, v * L, count);
         const S* from = u.y + pixel * p.channels + v * L;
-        for (int64_t i = 0; i < pixels; ++i) store(to + i * L, value_of<decltype(act)::act>(lanes, load(from + i * p.channels, count)));
+        const int64_t stride = p.channels;
+        for (int64_t i = 0; i < pixels; ++i, from += stride) {
+          __builtin_prefetch(from + kAheadPixels * stride);
+          store(to + i * L, value_of<decltype(act)::act>(lanes, load(from, count)));
+        }
       });
     });
   });
 }
 
 template <class S>
-MBN_INLINE void load_gradient_rows(Ring<Accumulate<S>>& ring, Range rows, Range vectors, const Plan& p, const Gradient<S>& g, int64_t n) {
+static void load_gradient_rows(Ring<Accumulate<S>>& ring, Range rows, Range vectors, const Plan& p, const Gradient<S>& g, int64_t n) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
   with_act(g.of.act, [&](auto act) {
     load_rows(ring, rows, vectors, n, p.out_height, p.out_width, [&](int64_t v, int64_t pixel, int64_t pixels, T* to) {
       with_lanes<T>(lane_count(p, v), [&](auto count) {
         const GradientLanes<S> lanes = gradient_lanes(g, n, p.channels, v * L, count);
-        const int64_t at = pixel * p.channels + v * L;
+        const int64_t stride = p.channels, at = pixel * stride + v * L;
+        const S *from = g.dv + at, *raw = g.of.y ? g.of.y + at : nullptr;
         for (int64_t i = 0; i < pixels; ++i) {
-          const Vec<T> dv = load(g.dv + at + i * p.channels, count);
-          const Vec<T> y = g.of.y ? load(g.of.y + at + i * p.channels, count) : Vec<T>{};
+          __builtin_prefetch(from + (i + kAheadPixels) * stride);
+          if (raw) __builtin_prefetch(raw + (i + kAheadPixels) * stride);
+          const Vec<T> dv = load(from + i * stride, count), y = raw ? load(raw + i * stride, count) : Vec<T>{};
           store(to + i * L, gradient_of<decltype(act)::act>(lanes, dv, y));
         }
       });
     });
   });
+}
+
+// Fetches the cache lines that a tile will be stored to while the tile is still being made.
+template <class S>
+MBN_INLINE void prefetch_tile(S* to, int64_t rows, int64_t columns, int64_t row_stride, int64_t pixel_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) __builtin_prefetch(to + r * row_stride + c * pixel_stride, 1);
+  }
 }
 
 // Weights [C, kernel_h, kernel_w] of a block as [vector][kernel_h][kernel_w][lane], mirrored in kernel_w on demand.

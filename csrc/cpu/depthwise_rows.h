@@ -1,5 +1,5 @@
-// The inner loops of the depthwise kernels: one output row of one vector of channels, from rows in scratch. Compiled per number type and window
-// width; rows come as a list of taps, so that any height, vertical stride, dilation or edge costs only the taps that exist.
+// The inner loops of the depthwise kernels: a tile of a few columns and rows of one vector of channels, from rows in scratch. Compiled per number
+// type and window width; rows come as a list of taps, so that any height, vertical stride, dilation or edge costs only the taps that exist.
 #pragma once
 
 #include "depthwise_plan.h"
@@ -12,127 +12,156 @@ struct Tap {
   int64_t row, weight;
 };
 
+// The rows of a chunk, for a tile of B columns and all its rows. Tiles are [row][column][lane].
+struct TileRows {
+  const Tap* taps;        // [rows][kernel_h]
+  const int64_t* counts;  // [rows]: taps that exist
+  int64_t rows, kernel_h;
+  const int64_t* columns;  // [columns][kernel_w]: offset from the row's begin, or -1; only the general form reads it
+  int64_t kernel_w;
+};
+
+template <class T>
+using TileKernel = void (*)(const TileRows&, const T* rows, const T* weights, int64_t column, T* tile);
+
+// Windows of a compiled width and horizontal stride.
+template <class T, int KW, int SX, int B>
+static void convolve_tile(const TileRows& work, const T* rows, const T* weights, int64_t column, T* tile) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < work.rows; ++r, tile += B * L) {
+    Vec<T> sum[B] = {};
+    const Tap* tap = work.taps + r * work.kernel_h;
+    for (const Tap* end = tap + work.counts[r]; tap != end; ++tap) {
+      const T* x = rows + tap->row + column * SX * L;
+      Vec<T> w[KW];
+#pragma GCC unroll 8
+      for (int k = 0; k < KW; ++k) w[k] = load(weights + tap->weight + k * L);
+#pragma GCC unroll 32
+      for (int j = 0; j < (B - 1) * SX + KW; ++j) {
+        Vec<T> xj = load(x + j * L);
+        keep_in_register(xj);
+#pragma GCC unroll 8
+        for (int k = 0; k < KW; ++k) {
+          if (j >= k && (j - k) % SX == 0 && (j - k) / SX < B) sum[(j - k) / SX] += xj * w[k];
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) store(tile + b * L, sum[b]);
+  }
+}
+
+// The transpose at stride 2: from B columns of the gradient, 2*B columns of the input's gradient, each from the taps of its parity only.
+// Column 2*i + r takes weights k = r, r+2, ... from gradient column i - k/2; column 0 of the row is gradient column -(KW-1)/2.
+template <class T, int KW, int B>
+static void spread_tile(const TileRows& work, const T* rows, const T* weights, int64_t column, T* tile) {
+  constexpr int L = kLanes<T>, kBefore = (KW - 1) / 2;
+  for (int64_t r = 0; r < work.rows; ++r, tile += 2 * B * L) {
+    Vec<T> sum[2 * B] = {};
+    const Tap* tap = work.taps + r * work.kernel_h;
+    for (const Tap* end = tap + work.counts[r]; tap != end; ++tap) {
+      const T* x = rows + tap->row + column * L;
+      Vec<T> w[KW];
+#pragma GCC unroll 8
+      for (int k = 0; k < KW; ++k) w[k] = load(weights + tap->weight + k * L);
+#pragma GCC unroll 32
+      for (int j = 0; j < B + kBefore; ++j) {
+        Vec<T> xj = load(x + j * L);
+        keep_in_register(xj);
+#pragma GCC unroll 8
+        for (int k = 0; k < KW; ++k) {
+          const int i = j - kBefore + k / 2;
+          if (i >= 0 && i < B) sum[2 * i + k % 2] += xj * w[k];
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int b = 0; b < 2 * B; ++b) store(tile + b * L, sum[b]);
+  }
+}
+
+// Any window and its transpose: where each column reads is looked up.
+template <class T, int B>
+static void general_tile(const TileRows& work, const T* rows, const T* weights, int64_t column, T* tile) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < work.rows; ++r, tile += B * L) {
+    Vec<T> sum[B] = {};
+    const Tap* tap = work.taps + r * work.kernel_h;
+    for (const Tap* end = tap + work.counts[r]; tap != end; ++tap) {
+      for (int64_t k = 0; k < work.kernel_w; ++k) {
+        const Vec<T> w = load(weights + tap->weight + k * L);
+        for (int b = 0; b < B; ++b) {
+          const int64_t at = work.columns[(column + b) * work.kernel_w + k];
+          if (at >= 0) sum[b] += load(rows + tap->row + at) * w;
+        }
+      }
+    }
+    for (int b = 0; b < B; ++b) store(tile + b * L, sum[b]);
+  }
+}
+
+// The kernels for one window: at[B] makes a tile from B columns, `width` outputs for each of them.
+constexpr int kTileColumns = 8;
+template <class T>
+struct TileKernels {
+  TileKernel<T> at[kTileColumns + 1];
+  int64_t most, width;
+};
+template <class T, int KW, int SX>
+MBN_INLINE TileKernels<T> convolve_kernels() {
+  return {{nullptr, convolve_tile<T, KW, SX, 1>, convolve_tile<T, KW, SX, 2>, convolve_tile<T, KW, SX, 3>, convolve_tile<T, KW, SX, 4>,
+           convolve_tile<T, KW, SX, 5>, convolve_tile<T, KW, SX, 6>, convolve_tile<T, KW, SX, 7>, convolve_tile<T, KW, SX, 8>},
+          8,
+          1};
+}
+template <class T, int KW>
+MBN_INLINE TileKernels<T> spread_kernels() {
+  return {{nullptr, spread_tile<T, KW, 1>, spread_tile<T, KW, 2>, spread_tile<T, KW, 3>, spread_tile<T, KW, 4>}, 4, 2};
+}
+template <class T>
+MBN_INLINE TileKernels<T> general_kernels() {
+  return {{nullptr, general_tile<T, 1>, general_tile<T, 2>, general_tile<T, 3>, general_tile<T, 4>}, 4, 1};
+}
+
+// Runs f(kernel, first column, columns) over [0, columns), in tiles of two sizes that differ by one: no narrow tile is left over.
+template <class T, class F>
+MBN_INLINE void for_tiles(const TileKernels<T>& kernels, int64_t columns, const F& f) {
+  if (columns <= 0) return;
+  const int64_t tiles = ceil_div(columns, kernels.most), size = columns / tiles, wider = columns - size * tiles;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t n = size + (i < wider);
+    f(kernels.at[n], begin, n);
+    begin += n;
+  }
+}
+
+// One row of outputs of any window, for callers whose chunks are single rows.
 template <class T>
 struct RowWork {
   const T* rows;
   const T* weights;
   const Tap* taps;
   int64_t count;
-  int64_t kernel, stride, dilation;  // across columns; only the general form reads them
+  int64_t kernel, stride, dilation;  // across columns; only the general form (KW = 0) reads them
 };
-
-// KW = 0: any width, stride and dilation.
-template <class T, int KW, int SX, int B>
-MBN_INLINE void convolve_block(const RowWork<T>& work, int64_t column, T* out) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum[B] = {};
-  for (int64_t t = 0; t < work.count; ++t) {
-    const T* w = work.weights + work.taps[t].weight;
-    if constexpr (KW == 0) {
-      const T* x = work.rows + work.taps[t].row + column * work.stride * L;
-      for (int64_t k = 0; k < work.kernel; ++k) {
-        const Vec<T> wk = load(w + k * L);
-        const T* xk = x + k * work.dilation * L;
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) sum[b] += load(xk + b * work.stride * L) * wk;
-      }
-    } else {
-      const T* x = work.rows + work.taps[t].row + column * SX * L;
-      Vec<T> wk[KW];
-#pragma GCC unroll 8
-      for (int k = 0; k < KW; ++k) wk[k] = load(w + k * L);
-#pragma GCC unroll 32
-      for (int j = 0; j < (B - 1) * SX + KW; ++j) {
-        const Vec<T> xj = load(x + j * L);
-#pragma GCC unroll 8
-        for (int k = 0; k < KW; ++k) {
-          if (j >= k && (j - k) % SX == 0 && (j - k) / SX < B) sum[(j - k) / SX] += xj * wk[k];
-        }
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int b = 0; b < B; ++b) store(out + b * L, sum[b]);
-}
-
-// Blocks of B columns over [begin, end), a multiple of B. Not inlined: every B is compiled once.
-template <class T, int KW, int SX, int B>
-static __attribute__((noinline)) void convolve_blocks(const RowWork<T>& work, T* out, int64_t begin, int64_t end) {
-  for (int64_t column = begin; column < end; column += B) convolve_block<T, KW, SX, B>(work, column, out + column * kLanes<T>);
-}
-
-template <int B, class F>
-MBN_INLINE void with_block(int64_t n, const F& f) {  // f(LanesTag<n>{}) for 1 <= n <= B
-  if constexpr (B > 1) {
-    if (n < B) return with_block<B - 1>(n, f);
-  }
-  return f(LanesTag<B>{});
-}
-
-// out[column] for `columns` outputs, in blocks of two sizes that differ by one, so that no narrow block is left over.
 template <class T, int KW, int SX>
 static void convolve_row(const RowWork<T>& work, T* out, int64_t columns) {
-  constexpr int kBlock = KW == 0 ? 4 : 8;
-  if (columns <= 0) return;
-  const int64_t blocks = ceil_div(columns, kBlock), size = columns / blocks, larger_blocks = columns - size * blocks;
-  const int64_t split = larger_blocks * (size + 1);
-  if (split > 0) {
-    with_block<kBlock>(size + 1, [&](auto n) { convolve_blocks<T, KW, SX, n>(work, out, 0, split); });
-  }
-  with_block<kBlock>(size, [&](auto n) { convolve_blocks<T, KW, SX, n>(work, out, split, columns); });
-}
-
-// The transpose at stride 2: from a block of B columns of the gradient, 2*B columns of the input's gradient, each from the taps of its parity
-// only. Output column 2*i + r takes weights k = r, r+2, ... from gradient column i - k/2; column 0 of the row is gradient column -(KW-1)/2.
-template <class T, int KW, int B>
-MBN_INLINE void spread_block(const RowWork<T>& work, int64_t column, T* out) {
-  constexpr int L = kLanes<T>, kBefore = (KW - 1) / 2;
-  Vec<T> sum[2 * B] = {};
-  for (int64_t t = 0; t < work.count; ++t) {
-    const T* w = work.weights + work.taps[t].weight;
-    const T* x = work.rows + work.taps[t].row + column * L;
-    Vec<T> wk[KW];
-#pragma GCC unroll 8
-    for (int k = 0; k < KW; ++k) wk[k] = load(w + k * L);
-#pragma GCC unroll 32
-    for (int j = 0; j < B + kBefore; ++j) {
-      const Vec<T> xj = load(x + j * L);
-#pragma GCC unroll 8
-      for (int k = 0; k < KW; ++k) {
-        const int i = j - kBefore + k / 2;
-        if (i >= 0 && i < B) sum[2 * i + k % 2] += xj * wk[k];
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int b = 0; b < 2 * B; ++b) store(out + b * L, sum[b]);
-}
-template <class T, int KW>
-static void spread_row(const RowWork<T>& work, T* out, int64_t pairs) {
-  constexpr int L = kLanes<T>, kBlock = 4;
-  int64_t column = 0;
-  for (; column + kBlock <= pairs; column += kBlock) spread_block<T, KW, kBlock>(work, column, out + 2 * column * L);
-  if (column < pairs) {
-    with_block<kBlock - 1>(pairs - column, [&](auto rest) { spread_block<T, KW, rest>(work, column, out + 2 * column * L); });
-  }
-}
-
-// The transpose of any window: adds each gradient column to the input columns that it reached. Column i of the row is the gradient column
-// `first` + i, column 0 of `out` the input column `origin`.
-template <class T>
-static void scatter_row(const RowWork<T>& work, T* out, Range outputs, int64_t pad, Range reached, int64_t first) {
   constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < length(outputs); ++i) store(out + i * L, Vec<T>{});
-  for (int64_t t = 0; t < work.count; ++t) {
-    const T* x = work.rows + work.taps[t].row;
-    for (int64_t k = 0; k < work.kernel; ++k) {
-      const Vec<T> w = load(work.weights + work.taps[t].weight + k * L);
-      for (int64_t c = reached.begin; c < reached.end; ++c) {
-        const int64_t to = c * work.stride - pad + k * work.dilation;
-        if (to < outputs.begin || to >= outputs.end) continue;
-        T* o = out + (to - outputs.begin) * L;
-        store(o, load(o) + load(x + (c - first) * L) * w);
+  if constexpr (KW > 0) {
+    const TileRows tile_rows = {work.taps, &work.count, 1, work.count, nullptr, KW};
+    for_tiles(convolve_kernels<T, KW, SX>(), columns, [&](TileKernel<T> kernel, int64_t column, int64_t) {
+      kernel(tile_rows, work.rows, work.weights, column, out + column * L);
+    });
+  } else {
+    for (int64_t column = 0; column < columns; ++column) {
+      Vec<T> sum = {};
+      for (int64_t t = 0; t < work.count; ++t) {
+        const T* x = work.rows + work.taps[t].row + column * work.stride * L;
+        const T* w = work.weights + work.taps[t].weight;
+        for (int64_t k = 0; k < work.kernel; ++k) sum += load(x + k * work.dilation * L) * load(w + k * L);
       }
+      store(out + column * L, sum);
     }
   }
 }

@@ -39,6 +39,8 @@ const AllKernels* choose() {
   return nullptr;
 }
 
+std::string cpu_instruction_set() { return kernels().name; }
+
 }  // namespace
 
 const AllKernels& kernels() {
@@ -47,3 +49,8 @@ const AllKernels& kernels() {
 }
 
 }  // namespace mbn
+
+// It takes no tensor whose device could choose a kernel.
+STABLE_TORCH_LIBRARY_IMPL(mbn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&mbn::cpu_instruction_set));
+}

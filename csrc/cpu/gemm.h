@@ -1,8 +1,8 @@
 // The matrix product of the pointwise kernels: how rows are split, how operands are packed, and the register-tiled inner loop.
 //
-// Both operands live in panels of kPanel columns: element (row, c) of a matrix is at panels[c / kPanel][row][c % kPanel], so a panel
-// is a dense [rows][kPanel] matrix. The same panels serve as the left operand (rows stride kPanel, steps 1), as the transposed left
-// operand (rows 1, steps kPanel) and as the right operand (one vector load per step).
+// Operands live in panels of a few vectors of columns, each panel a dense [rows][columns] matrix. Panels of kPanel columns serve as the left
+// operand (rows kPanel apart, steps 1), as the transposed left operand (rows 1, steps kPanel) and as the right operand (one row per step).
+// WideColumns are for right operands alone: a tile of 9 x 3 vectors loads a quarter less per multiplication than one of 12 x 2.
 #pragma once
 
 #include <utility>
@@ -22,26 +22,58 @@ constexpr int kPanelVectors = 2;
 template <class T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
 
-// Rows of a register tile: rows * kPanelVectors accumulators, and what is left of the registers for the operands.
+// Rows of a register tile of up to 2 and of 3 vectors: rows * vectors accumulators, and what is left of the registers for the operands.
 #if defined(__aarch64__)
-constexpr int kTileRows = 12;
+constexpr int kTileRows = 12, kWideRows = 8;
 #else
 constexpr int kTileRows = MBN_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int kWideRows = MBN_VECTOR_BYTES == 64 ? 9 : MBN_VECTOR_BYTES == 32 ? 4 : 0;
 #endif
 
 template <class T>
 MBN_INLINE int64_t panel_count(int64_t channels) {
   return ceil_div(channels, kPanel<T>);
 }
+constexpr int kWideVectors = kWideRows > 0 ? 3 : 2;
+constexpr int tile_rows(int vectors) { return vectors == 3 ? kWideRows : kTileRows; }
+
 // Vectors of the panel that begins at channel c.
 template <class T>
 MBN_INLINE int panel_vectors(int64_t channels, int64_t c) {
   return channels - c > kLanes<T> ? kPanelVectors : 1;
 }
 
+// Columns in panels of 3 vectors, and of 2 or 1 at the end; panel j is a dense [depth][vectors(j)] matrix at begin(j) * depth.
+template <class T>
+struct WideColumns {
+  int64_t channels, wide, count;  // wide: panels of kWideVectors
+
+  int64_t begin(int64_t j) const { return (j < wide ? j * kWideVectors : wide * kWideVectors + (j - wide) * 2) * kLanes<T>; }
+  int vectors(int64_t j) const {
+    const int64_t left = ceil_div(channels - begin(j), kLanes<T>);
+    return j < wide ? kWideVectors : int(smaller<int64_t>(left, 2));
+  }
+  // Real channels of the last vector.
+  int last(int64_t j) const { return int(smaller<int64_t>(kLanes<T>, channels - begin(j) - (vectors(j) - 1) * kLanes<T>)); }
+  int64_t step(int64_t j) const { return vectors(j) * kLanes<T>; }
+  // The panel of a vector of channels.
+  int64_t panel_of(int64_t vector) const {
+    return vector < wide * kWideVectors ? vector / kWideVectors : wide + (vector - wide * kWideVectors) / 2;
+  }
+  int64_t size() const { return ceil_div(channels, kLanes<T>) * kLanes<T>; }
+};
+template <class T>
+MBN_INLINE WideColumns<T> wide_columns(int64_t channels) {
+  const int64_t vectors = ceil_div(channels, kLanes<T>);
+  // 4 vectors are better 2 + 2 than 3 + 1.
+  int64_t wide = vectors / kWideVectors;
+  if (kWideVectors == 3 && vectors % 3 == 1 && wide > 0) --wide;
+  return {channels, wide, wide + ceil_div(vectors - wide * kWideVectors, 2)};
+}
+
 // ---- Splitting rows -------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kBlockRows = 96;  // a block's panels stay in the second-level cache while every column panel passes over them
+constexpr int64_t kBlockRows = 100;  // a block's panels stay in the second-level cache while every column panel passes over them
 constexpr int64_t kMaxChunks = 64;
 
 // The rows [0, images * pixels) as blocks, by shape alone: the number of threads changes no result. Aligned blocks hold part of one image
@@ -54,15 +86,16 @@ struct Blocks {
   }
 };
 
-// A multiple of 4 where that leaves useful blocks: an even share for 2 or 4 threads.
+// A multiple of 4 where `most` allows it: an even share for 2 or 4 threads.
 MBN_INLINE int64_t even_count(int64_t count, int64_t most) {
-  return larger<int64_t>(1, smaller(ceil_div(count, 4) * 4, most));
+  return larger(count, smaller(ceil_div(count, 4) * 4, most));
 }
-MBN_INLINE Blocks split_rows(int64_t images, int64_t pixels, bool aligned) {
+// Blocks of at least `least` rows where the shape has as many.
+MBN_INLINE Blocks split_rows(int64_t images, int64_t pixels, bool aligned, int64_t least) {
   const int64_t rows = images * pixels;
   if (rows == 0) return {0, 0, 1, 0};
   if (!aligned) {
-    const int64_t count = even_count(ceil_div(rows, kBlockRows), rows / 12);
+    const int64_t count = even_count(ceil_div(rows, kBlockRows), rows / least);
     return {1, rows, count, count};
   }
   const int64_t parts = ceil_div(pixels, kBlockRows);
@@ -72,12 +105,19 @@ MBN_INLINE Blocks split_rows(int64_t images, int64_t pixels, bool aligned) {
 
 // Tiles of nearly equal height: 49 rows are 10 + 10 + 10 + 10 + 9, not 4 * 12 + 1. Calls f(first row, rows).
 template <class F>
-MBN_INLINE void for_tiles(int64_t rows, const F& f) {
-  const int64_t tiles = ceil_div(rows, kTileRows);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = i * rows / tiles;
-    f(begin, int((i + 1) * rows / tiles - begin));
+MBN_INLINE void for_tiles(int64_t rows, int most, const F& f) {
+  const int tiles = (int(rows) + most - 1) / most, height = int(rows) / larger(1, tiles), higher = int(rows) - height * tiles;
+  int64_t row = 0;
+  for (int i = 0; i < tiles; ++i) {
+    const int tile = height + (i < higher);
+    f(row, tile);
+    row += tile;
   }
+}
+
+template <class F>
+MBN_INLINE void for_tiles(int64_t rows, const F& f) {
+  for_tiles(rows, kTileRows, f);
 }
 
 template <int R, int NV>
@@ -97,6 +137,13 @@ MBN_INLINE void with_tile(int rows, int vectors, const F& f) {
   if (vectors == 1) return with_tile_rows<1, kTileRows>(rows, f);
   with_tile_rows<2, kTileRows>(rows, f);
 }
+template <class F>
+MBN_INLINE void with_wide_tile(int rows, int vectors, const F& f) {
+  if constexpr (kWideVectors == 3) {
+    if (vectors == 3) return with_tile_rows<3, kWideRows>(rows, f);
+  }
+  with_tile(rows, vectors, f);
+}
 
 // ---- The inner loop -------------------------------------------------------------------------------------------------------------
 
@@ -105,8 +152,8 @@ struct Tile {
   Vec<T> at[R][NV];
 };
 
-// acc[r][:] += sum over k of a[r * RowStep + k * KStep] * b[k][:], b a panel.
-template <int RowStep, int KStep, class T, int R, int NV>
+// acc[r][:] += sum over k of a[r * RowStep + k * KStep] * b[k * RightStep + :].
+template <int RowStep, int KStep, int RightStep, class T, int R, int NV>
 MBN_INLINE void multiply(Tile<T, R, NV>& acc, const T* a, const T* b, int64_t steps) {
   for (int64_t k = 0; k < steps; ++k) {
     Vec<T> right[NV];
@@ -119,20 +166,45 @@ MBN_INLINE void multiply(Tile<T, R, NV>& acc, const T* a, const T* b, int64_t st
       for (int v = 0; v < NV; ++v) acc.at[r][v] += left * right[v];
     }
     a += KStep;
-    b += kPanel<T>;
+    b += RightStep;
   }
 }
 
 // A tile of left * right from zero; `left` points at the tile's first row in panel 0, `right` is one whole panel.
-template <class T, int R, int NV>
+template <class T, int R, int NV, int RightStep = kPanel<T>>
 MBN_INLINE Tile<T, R, NV> product(const T* left, int64_t panel_stride, const T* right, int64_t depth) {
   Tile<T, R, NV> acc = {};
   for (; depth > 0; depth -= kPanel<T>) {
-    multiply<kPanel<T>, 1>(acc, left, right, smaller<int64_t>(depth, kPanel<T>));
+    multiply<kPanel<T>, 1, RightStep>(acc, left, right, smaller<int64_t>(depth, kPanel<T>));
     left += panel_stride;
-    right += kPanel<T> * kPanel<T>;
+    right += kPanel<T> * RightStep;
   }
   return acc;
+}
+
+// ---- Prefetching ----------------------------------------------------------------------------------------------------------------
+
+// Asks for what the next block will read while this one computes: each call of step() a share of up to three arrays.
+struct Ahead {
+  struct Range {
+    const char *at, *end;
+    int64_t share;
+  } ranges[3];
+};
+MBN_INLINE void prefetch_step(Ahead& ahead) {
+  for (auto& range : ahead.ranges) {
+    const char* until = smaller(range.end, range.at + range.share);
+    for (; range.at < until; range.at += 64) __builtin_prefetch(range.at, 0, 2);
+  }
+}
+template <class S>
+MBN_INLINE void prefetch_rows(Ahead::Range& range, const S* array, int64_t begin, int64_t end, int64_t channels, int64_t steps) {
+  if (array == nullptr || begin >= end) {
+    range = {nullptr, nullptr, 0};
+    return;
+  }
+  const char *at = reinterpret_cast<const char*>(array + begin * channels), *last = reinterpret_cast<const char*>(array + end * channels);
+  range = {at, last, ceil_div(last - at, 64 * larger<int64_t>(1, steps)) * 64};
 }
 
 // ---- Packing weights ------------------------------------------------------------------------------------------------------------
@@ -147,42 +219,80 @@ template <>
 struct LaneIndex<double> {
   typedef int64_t type __attribute__((vector_size(MBN_VECTOR_BYTES)));
 };
-// a[h], b[h], a[h+1], b[h+1], ... from h = Half * lanes / 2.
-template <class T, int Half, int... I>
-MBN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-  constexpr int L = kLanes<T>;
+// Lane i of the result is lane P::at(i) of a and b put end to end.
+template <class P, class T, int... I>
+MBN_INLINE Vec<T> permute(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (Half * L / 2 + I / 2 + I % 2 * L)...);
+  return __builtin_shufflevector(a, b, P::at(I)...);
 #else
-  return __builtin_shuffle(a, b, typename LaneIndex<T>::type{(Half * L / 2 + I / 2 + I % 2 * L)...});
+  return __builtin_shuffle(a, b, typename LaneIndex<T>::type{P::at(I)...});
 #endif
 }
-// Transposes a square of vectors: interleaving the first half of the rows with the second, log2(lanes) times.
+// Both permutations below stay within what one instruction does, which an arbitrary one does not.
+// In each 16 bytes: units of Unit lanes, from a and b by turns, of the lower or upper half.
+template <int L, int Quarter, int Unit, int Upper>
+struct Zip {
+  static constexpr int at(int i) {
+    const int unit = i % Quarter / Unit, from = unit / 2 * Unit + i % Unit + Upper * Quarter / 2;
+    return unit % 2 * L + i / Quarter * Quarter + from;
+  }
+};
+// Every Stride-th group of 16 bytes: of a in the lower half of the result, of b in the upper.
+template <int L, int Quarter, int First, int Stride>
+struct Pick {
+  static constexpr int at(int i) {
+    const int groups = L / Quarter, group = i / Quarter, half = groups / 2;
+    return group / half * L + (First + group % half * Stride) * Quarter + i % Quarter;
+  }
+};
+
+// Transposes a square of vectors.
 template <class T>
 MBN_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
-  constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<T>, Q = 16 / sizeof(T), G = L / Q;
   constexpr auto lanes = std::make_integer_sequence<int, L>{};
+  // s[g][j], group l: rows g*Q.. of column l*Q + j.
+  Vec<T> s[G][Q];
   MBN_UNROLL
-  for (int span = 1; span < L; span *= 2) {
-    Vec<T> next[L];
-    MBN_UNROLL
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = interleave<T, 0>(m[i], m[i + L / 2], lanes);
-      next[2 * i + 1] = interleave<T, 1>(m[i], m[i + L / 2], lanes);
+  for (int g = 0; g < G; ++g) {
+    const Vec<T>* r = m + g * Q;
+    if constexpr (Q == 2) {
+      s[g][0] = permute<Zip<L, Q, 1, 0>, T>(r[0], r[1], lanes);
+      s[g][1] = permute<Zip<L, Q, 1, 1>, T>(r[0], r[1], lanes);
+    } else {
+      const Vec<T> low01 = permute<Zip<L, Q, 1, 0>, T>(r[0], r[1], lanes), high01 = permute<Zip<L, Q, 1, 1>, T>(r[0], r[1], lanes);
+      const Vec<T> low23 = permute<Zip<L, Q, 1, 0>, T>(r[2], r[3], lanes), high23 = permute<Zip<L, Q, 1, 1>, T>(r[2], r[3], lanes);
+      s[g][0] = permute<Zip<L, Q, 2, 0>, T>(low01, low23, lanes);
+      s[g][1] = permute<Zip<L, Q, 2, 1>, T>(low01, low23, lanes);
+      s[g][2] = permute<Zip<L, Q, 2, 0>, T>(high01, high23, lanes);
+      s[g][3] = permute<Zip<L, Q, 2, 1>, T>(high01, high23, lanes);
     }
-    MBN_UNROLL
-    for (int i = 0; i < L; ++i) m[i] = next[i];
+  }
+  MBN_UNROLL
+  for (int j = 0; j < Q; ++j) {
+    if constexpr (G == 1) m[j] = s[0][j];
+    if constexpr (G == 2) {
+      m[j] = permute<Pick<L, Q, 0, 1>, T>(s[0][j], s[1][j], lanes);
+      m[Q + j] = permute<Pick<L, Q, 1, 1>, T>(s[0][j], s[1][j], lanes);
+    }
+    if constexpr (G == 4) {
+      const Vec<T> low01 = permute<Pick<L, Q, 0, 1>, T>(s[0][j], s[1][j], lanes), high01 = permute<Pick<L, Q, 2, 1>, T>(s[0][j], s[1][j], lanes);
+      const Vec<T> low23 = permute<Pick<L, Q, 0, 1>, T>(s[2][j], s[3][j], lanes), high23 = permute<Pick<L, Q, 2, 1>, T>(s[2][j], s[3][j], lanes);
+      m[j] = permute<Pick<L, Q, 0, 2>, T>(low01, low23, lanes);
+      m[Q + j] = permute<Pick<L, Q, 1, 2>, T>(low01, low23, lanes);
+      m[2 * Q + j] = permute<Pick<L, Q, 0, 2>, T>(high01, high23, lanes);
+      m[3 * Q + j] = permute<Pick<L, Q, 1, 2>, T>(high01, high23, lanes);
+    }
   }
 }
 
-// Panel j of weight^T [in][out], where weight is [out][in].
+// Columns [c, c + vectors) of weight^T [in][out], where weight is [out][in], to rows `step` apart.
 template <class S>
-static void pack_transposed_panel(Accumulate<S>* panel, const S* weight, int64_t out, int64_t in, int64_t j) {
+static void pack_transposed_panel(Accumulate<S>* panel, int64_t step, const S* weight, int64_t out, int64_t in, int64_t c, int vectors) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
-  for (int v = 0; v < kPanelVectors; ++v) {
-    const int64_t c = j * kPanel<T> + v * L, real = smaller<int64_t>(L, out - c);
-    if (real <= 0) break;
+  for (int v = 0; v < vectors; ++v, c += L) {
+    const int64_t real = smaller<int64_t>(L, out - c);
     for (int64_t k = 0; k < in; k += L) {
       const int steps = int(smaller<int64_t>(L, in - k));
       Vec<T> m[L];
@@ -194,51 +304,71 @@ static void pack_transposed_panel(Accumulate<S>* panel, const S* weight, int64_t
         for (int i = 0; i < L; ++i) m[i] = i < real ? load_within(weight + (c + i) * in + k, steps, weight + out * in) : Vec<T>{};
       }
       transpose<T>(m);
-      T* to = panel + k * kPanel<T> + v * L;
+      T* to = panel + k * step + v * L;
       MBN_UNROLL
       for (int i = 0; i < L; ++i) {
-        if (i < steps) store(to + i * kPanel<T>, m[i]);
+        if (i < steps) store(to + i * step, m[i]);
       }
     }
   }
 }
-// Panel j of weight [out][in].
+// The same columns of weight [out][in].
 template <class S>
-static void pack_panel(Accumulate<S>* panel, const S* weight, int64_t out, int64_t in, int64_t j) {
+static void pack_panel(Accumulate<S>* panel, int64_t step, const S* weight, int64_t out, int64_t in, int64_t c, int vectors) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
-  for (int v = 0; v < kPanelVectors; ++v) {
-    const int64_t c = j * kPanel<T> + v * L;
-    const int real = int(smaller<int64_t>(L, in - c));
-    if (real <= 0) break;
-    for (int64_t k = 0; k < out; ++k) {
-      store(panel + k * kPanel<T> + v * L, load_within(weight + k * in + c, real, weight + out * in));
+  for (int64_t k = 0; k < out; ++k) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t cv = c + v * L;
+      store(panel + k * step + v * L, load_within(weight + k * in + cv, int(smaller<int64_t>(L, in - cv)), weight + out * in));
     }
   }
 }
 
-// weight (or its transpose) as the right operand of a product, in the caller's scratch memory.
-template <bool Transposed, class S>
-MBN_INLINE const Accumulate<S>* pack_weight(Scratch& scratch, const S* weight, int64_t out, int64_t in) {
+// weight (or its transpose) as the right operand of a product, in the caller's scratch memory: panels(j) is (first column, vectors, step) of panel j.
+template <bool Transposed, class S, class Panels>
+MBN_INLINE const Accumulate<S>* pack_panels(Scratch& scratch, const S* weight, int64_t out, int64_t in, int64_t count, int64_t size,
+                                            const Panels& panels) {
   using T = Accumulate<S>;
-  const int64_t depth = Transposed ? in : out, panels = panel_count<T>(Transposed ? out : in), size = depth * kPanel<T>;
-  T* packed = take<T>(scratch, panels * size);
+  const int64_t depth = Transposed ? in : out;
+  T* packed = take<T>(scratch, size * depth);
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
+      const auto panel = panels(j);
       if constexpr (Transposed) {
-        pack_transposed_panel<S>(packed + j * size, weight, out, in, j);
+        pack_transposed_panel<S>(packed + panel.begin * depth, panel.step, weight, out, in, panel.begin, panel.vectors);
       } else {
-        pack_panel<S>(packed + j * size, weight, out, in, j);
+        pack_panel<S>(packed + panel.begin * depth, panel.step, weight, out, in, panel.begin, panel.vectors);
       }
     }
   };
   // Waking the other threads costs more than packing a small weight.
-  if (panels * size < 16384) {
-    body(0, panels);
+  if (size * depth < 16384) {
+    body(0, count);
   } else {
-    parallel_tasks(panels, body);
+    parallel_tasks(count, body);
   }
   return packed;
+}
+struct PackedPanel {
+  int64_t begin, step;
+  int vectors;
+};
+// In panels of kPanel columns.
+template <bool Transposed, class S>
+MBN_INLINE const Accumulate<S>* pack_weight(Scratch& scratch, const S* weight, int64_t out, int64_t in) {
+  using T = Accumulate<S>;
+  const int64_t columns = Transposed ? out : in, count = panel_count<T>(columns);
+  return pack_panels<Transposed>(scratch, weight, out, in, count, count * kPanel<T>, [&](int64_t j) {
+    return PackedPanel{j * kPanel<T>, kPanel<T>, panel_vectors<T>(columns, j * kPanel<T>)};
+  });
+}
+template <bool Transposed, class S>
+MBN_INLINE const Accumulate<S>* pack_weight(Scratch& scratch, const S* weight, int64_t out, int64_t in,
+                                            const WideColumns<Accumulate<S>>& columns) {
+  return pack_panels<Transposed>(scratch, weight, out, in, columns.count, columns.size(), [&](int64_t j) {
+    return PackedPanel{columns.begin(j), columns.step(j), columns.vectors(j)};
+  });
 }
 
 }  // namespace MBN_ISA

@@ -48,6 +48,18 @@ MBN_INLINE Moments<T> moments_of(const T* tile, int64_t rows, int64_t stride) {
   return moments_about<T>((s0 + s1) / T(rows), tile, rows, stride);
 }
 
+// The same in one pass, about an estimate of the mean that is itself the mean of n0 of the n values: the cancellation in `finish` then costs at most
+// n/n0 units of rounding.
+template <class T>
+struct ShiftedMoments {
+  Vec<T> shift, sum, square;
+};
+template <class T>
+MBN_INLINE Moments<T> finish(const ShiftedMoments<T>& m, T rows) {
+  const Vec<T> offset = m.sum / rows, m2 = m.square - m.sum * offset;
+  return {m.shift + offset, m2 < 0 ? Vec<T>{} : m2};
+}
+
 // Partials are [tiles][2][channels]; this writes those of one tile for the channels that begin at c, `count` of them real.
 template <class T>
 MBN_INLINE void store_moments(const Moments<T>& m, T* partials, int64_t tile, int64_t channels, int64_t c, int count) {

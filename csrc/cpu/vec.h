@@ -40,6 +40,16 @@ MBN_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // unlike x + 0 this is x for -0 too, and so costs nothing
 }
 
+// Keeps v in a register: left to itself GCC reads an operand of several multiplications from memory for each, and loads become the limit.
+template <class V>
+MBN_INLINE void keep_in_register(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
 // Loads kLanes<T> numbers of storage type S as T.
 MBN_INLINE Vec<float> load(const float* p) {
   Vec<float> v;

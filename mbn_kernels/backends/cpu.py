@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import schemas  # noqa: F401  (the library implements these schemas)
 from ..activations import ACTIVATIONS
-from ..chain import Gradient, Norm, Stage, Value, accumulate_dtype, stage_parameters
+from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype
 from .reference import empty_channels_last, gate_backward, gate_forward
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
@@ -26,7 +27,8 @@ def load() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"{LIBRARY.name} does not load: {error}; build it again with `pip install -e .`"
+        cause = error.__cause__ or error  # torch's own message leaves the reason out
+        return f"{LIBRARY.name} does not load: {cause}; build it again with `pip install -e .`"
     return None
 
 
@@ -43,13 +45,32 @@ def _gradient(g: Gradient) -> tuple:
     return g.dv, *_value(g.of), g.q, g.a, g.b, g.c
 
 
-@lru_cache(maxsize=1024)
-def _codes(stage: Stage) -> tuple[int, ...]:
-    """A stage as csrc/cpu/evaluate.cpp reads it."""
-    acts = (ACTIVATIONS[stage.gate[0]].code, ACTIVATIONS[stage.gate[1]].code) if stage.gate else (-1, -1)
-    conv = ("none", "pointwise", "depthwise").index(stage.conv)
-    window = (*stage.kernel, *stage.stride, *stage.padding, *stage.dilation)
-    return conv, *window, int(stage.affine), ACTIVATIONS[stage.act].code, *acts
+class _Evaluation(NamedTuple):
+    """How csrc/cpu/evaluate.cpp is called for a chain."""
+
+    codes: list[int]  # the stages, as the struct StageCode there reads them
+    eps: list[float]
+    weights: list[int]  # where each stage's weight is in the flat list of parameters
+    adds_residual: bool
+
+
+@lru_cache(maxsize=4096)
+def _evaluation(chain: Chain) -> _Evaluation | None:
+    """None where the chain is not [pointwise], depthwise (+ squeeze-excite), [pointwise] or one of them."""
+    stages, kinds = chain.stages, [stage.conv for stage in chain.stages]
+    shapes = (["pointwise", "depthwise", "pointwise"], ["depthwise", "pointwise"], ["depthwise"], ["pointwise"])
+    gates = [i for i, stage in enumerate(stages) if stage.gate]
+    if kinds not in shapes or gates not in ([], [len(stages) - 2]) or any(s.norm != "running" for s in stages):
+        return None
+    codes, weights, count = [], [], 0
+    for stage in stages:
+        acts = (ACTIVATIONS[stage.gate[0]].code, ACTIVATIONS[stage.gate[1]].code) if stage.gate else (-1, -1)
+        conv = ("none", "pointwise", "depthwise").index(stage.conv)
+        window = (*stage.kernel, *stage.stride, *stage.padding, *stage.dilation)
+        codes += [conv, *window, int(stage.affine), ACTIVATIONS[stage.act].code, *acts]
+        weights.append(count)
+        count += len(stage.parameter_names)
+    return _Evaluation(codes, [stage.eps for stage in stages], weights, kinds[-1] == "pointwise")
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:
@@ -80,23 +101,18 @@ class CpuKernels:
             return y, None, None
         return y, _vectors(like, shape[1]), _vectors(like, shape[1])
 
-    def evaluates(self, stages: Sequence[Stage]) -> bool:
-        kinds = [stage.conv for stage in stages]
-        if kinds not in (["pointwise", "depthwise", "pointwise"], ["depthwise", "pointwise"], ["depthwise"], ["pointwise"]):
-            return False
-        gates = [stage.gate is not None for stage in stages]
-        gate_fits = not any(gates) or (len(stages) > 1 and gates.index(True) == len(stages) - 2 and sum(gates) == 1)
-        return gate_fits and all(stage.norm == "running" for stage in stages)
+    def evaluates(self, chain: Chain) -> bool:
+        return _evaluation(chain) is not None
 
-    def evaluate(self, x: Tensor, stages: Sequence[Stage], flat: Sequence[Tensor], residual: bool) -> Tensor:
-        shape = tuple(x.shape)
-        for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
-            shape = stage.output_shape(shape, p["weight"].shape)
+    def evaluate(self, x: Tensor, chain: Chain, flat: Sequence[Tensor], residual: bool) -> Tensor:
+        call, shape = _evaluation(chain), x.shape
+        for stage, weight in zip(chain.stages, call.weights, strict=True):
+            shape = stage.output_shape(shape, flat[weight].shape)
+        x = x.contiguous(memory_format=torch.channels_last)
         out = empty_channels_last(x, shape)
-        fused = residual and stages[-1].conv == "pointwise"
-        codes = [code for stage in stages for code in _codes(stage)]
-        _ops.evaluate(x, list(flat), codes, [stage.eps for stage in stages], fused, out)
-        return out.add_(x) if residual and not fused else out
+        params = [p if p.is_contiguous() else p.contiguous() for p in flat]
+        _ops.evaluate(x, params, call.codes, call.eps, residual and call.adds_residual, out)
+        return out.add_(x) if residual and not call.adds_residual else out
 
     def pool(self, u: Value) -> Tensor:
         pooled = _vectors(u.y, *u.y.shape[:2])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..chain import Gradient, Norm, Stage, Value, accumulate_dtype
+from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype
 
 
 def empty_channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -80,7 +80,7 @@ class ReferenceKernels:
     gate_forward = staticmethod(gate_forward)
     gate_backward = staticmethod(gate_backward)
 
-    def evaluates(self, stages) -> bool:
+    def evaluates(self, chain: Chain) -> bool:
         return False
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):

@@ -90,7 +90,7 @@ class _ConvBNAct(FusedModule):
             self.add_module(name, child)
 
     def units(self) -> list[Unit]:
-        return [Unit(*self.children())]
+        return [Unit(*self._modules.values())]
 
     def stock_forward(self, x: Tensor) -> Tensor:
         for child in self.children():
@@ -156,11 +156,11 @@ class _LayersBlock(FusedModule):
 
     def units(self) -> list[Unit]:
         units: list[Unit] = []
-        for layer in self.layers:
+        for layer in self.layers._modules.values():
             if isinstance(layer, FusedSqueezeExcite):
-                units[-1] = units[-1]._replace(excitation=layer.excitation)
+                units[-1] = Unit(*units[-1][:3], layer.excitation)
             else:
-                units.append(Unit(*layer))
+                units.append(Unit(*layer._modules.values()))
         return units
 
     def has_residual(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..chain import chain_spec, stage_spec
@@ -39,8 +41,13 @@ class Unit(NamedTuple):
     excitation: nn.Sequential | None = None
 
 
-def _has_hooks(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _child_has_hook(module: nn.Module) -> bool:
+    pending = list(module._modules.values())
+    for m in pending:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        pending += m._modules.values()
+    return False
 
 
 def _conv_kind(conv: nn.Conv2d) -> str | None:
@@ -104,9 +111,8 @@ class FusedModule(nn.Module):
         """Why the children run one by one, or None where they run fused."""
         if not self.fused:
             return "built with fused=False"
-        for name, child in self.named_modules():
-            if name and _has_hooks(child):
-                return f"a hook on {name}"
+        if _child_has_hook(self):
+            return "a hook on a child"
         for unit in self.units():
             reason = _unit_reason(unit)
             if reason:
@@ -128,7 +134,8 @@ class FusedModule(nn.Module):
 
 def _append_unit(unit: Unit, params: list[Tensor], running: list[Running]) -> str:
     """Appends a unit's tensors to ``params`` and ``running``; returns its stage as text."""
-    conv, bn, fields = unit.conv, unit.bn, {}
+    conv, bn = unit.conv, unit.bn
+    shape = ("none", (1, 1), (1, 1), (0, 0), (1, 1), "none", False, 0.0)
     if conv is not None:
         # As nn.BatchNorm2d: batch statistics in training, and wherever there are no running ones.
         batch = bn.training or bn.running_mean is None
@@ -141,19 +148,33 @@ def _append_unit(unit: Unit, params: list[Tensor], running: list[Running]) -> st
             running.append(Running(bn.running_mean, bn.running_var, bn.momentum, bn.num_batches_tracked))
         else:
             running.append(Running())
-        ph, pw = conv.padding
-        fields = {
-            "kernel": conv.kernel_size,
-            "stride": conv.stride,
-            "padding": (ph, ph, pw, pw),
-            "dilation": conv.dilation,
-            "norm": "batch" if batch else "running",
-            "affine": bn.affine,
-            "eps": bn.eps,
-            "act": act_name(unit.act),
-        }
+        norm = "batch" if batch else "running"
+        shape = (_conv_kind(conv), conv.kernel_size, conv.stride, conv.padding, conv.dilation, norm, bn.affine, bn.eps)
+    gate = None
     if unit.excitation is not None:
-        fc1, act, fc2, gate = unit.excitation
+        fc1, act, fc2, gate_act = unit.excitation
         params += [fc1.weight, fc1.bias, fc2.weight, fc2.bias]
-        fields["gate"] = (act_name(act), act_name(gate))
-    return stage_spec("none" if conv is None else _conv_kind(conv), **fields)
+        gate = (act_name(act), act_name(gate_act))
+    # Traced, the text is a constant anyway; in eager mode, making it takes longer than looking it up.
+    text = _stage_text if torch.compiler.is_compiling() else _cached_stage_text
+    return text(*shape, act_name(unit.act), gate)
+
+
+def _stage_text(
+    kind: str,
+    kernel: tuple,
+    stride: tuple,
+    padding: tuple,
+    dilation: tuple,
+    norm: str,
+    affine: bool,
+    eps: float,
+    act,
+    gate,
+) -> str:
+    ph, pw = padding
+    window = {"kernel": kernel, "stride": stride, "padding": (ph, ph, pw, pw), "dilation": dilation}
+    return stage_spec(kind, **window, norm=norm, affine=affine, eps=eps, act=act, gate=gate)
+
+
+_cached_stage_text = lru_cache(maxsize=4096)(_stage_text)

@@ -1,0 +1,113 @@
+// Pointwise convolution as a matrix product over rows = images * pixels: the deferred operand is evaluated once per element into panels that
+// stay in the second-level cache, statistics and sums are taken where a tile is written.
+#pragma once
+
+#include "panels.h"
+#include "statistics.h"
+
+namespace mbn {
+namespace MBN_ISA {
+
+// Mean and M2 of a block so far, for the channels of one panel.
+template <class T>
+struct BlockMoments {
+  Vec<T> mean[kWideVectors], m2[kWideVectors];
+};
+
+// A tile's moments from its registers, merged with those of the `before` rows above it.
+template <class S, int R, int NV>
+MBN_INLINE void add_moments(BlockMoments<Accumulate<S>>& block, const Tile<Accumulate<S>, R, NV>& acc, int64_t before) {
+  using T = Accumulate<S>;
+  const T share = T(R) / T(before + R);
+  MBN_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    // Four chains of additions each: one would wait for itself.
+    Vec<T> sum[4] = {}, square[4] = {};
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) sum[r % 4] += rounded_to<S>(acc.at[r][v]);
+    const Vec<T> mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (T(1) / R);
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> d = rounded_to<S>(acc.at[r][v]) - mean;
+      square[r % 4] += d * d;
+    }
+    const Vec<T> m2 = (square[0] + square[1]) + (square[2] + square[3]);
+    if (before == 0) {
+      block.mean[v] = mean;
+      block.m2[v] = m2;
+    } else {
+      const Vec<T> delta = mean - block.mean[v];
+      block.mean[v] += delta * share;
+      block.m2[v] += m2 + delta * delta * (T(before) * share);
+    }
+  }
+}
+
+template <class S>
+struct ForwardTile {
+  using T = Accumulate<S>;
+  const T *left, *right;
+  int64_t stride, depth, channels, before;
+  S* y;  // the tile's first row and channel
+  int last;  // real channels of the last vector
+  BlockMoments<T>* moments;
+};
+
+template <class S, int R, int NV>
+static __attribute__((noinline)) void forward_tile(const ForwardTile<S>& t) {
+  using T = Accumulate<S>;
+  const Tile<T, R, NV> acc = product<T, R, NV, NV * kLanes<T>>(t.left, t.stride, t.right, t.depth);
+  MBN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    S* y = t.y + r * t.channels;
+    MBN_UNROLL
+    for (int v = 0; v + 1 < NV; ++v) store(y + v * kLanes<T>, acc.at[r][v]);
+    store(y + (NV - 1) * kLanes<T>, acc.at[r][NV - 1], t.last);
+  }
+  if (t.moments) add_moments<S, R, NV>(*t.moments, acc, t.before);
+}
+
+template <class S>
+static void pointwise_forward(const PointwiseForward<S>& p) {
+  using T = Accumulate<S>;
+  const int64_t in = p.in_channels, out = p.out_channels;
+  const Blocks blocks = split_rows(p.images, p.pixels, false, kTileRows);
+  const WideColumns<T> columns = wide_columns<T>(out);
+  Scratch scratch;
+  const T* weight = pack_weight<true, S>(scratch, p.weight, out, in, columns);
+  T* moments = p.mean ? take<T>(scratch, blocks.count * 2 * out) : nullptr;
+
+  parallel_tasks(blocks.count, [&](int64_t first, int64_t last) {
+    Scratch local;
+    const LeftPanels<T> value = take_left<T>(local, kBlockRows, in);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = blocks.begin(b), rows = blocks.begin(b + 1) - begin;
+      value_panels(value, p.u, begin, begin + rows, p.pixels, in);
+      Ahead ahead = {};
+      prefetch_rows(ahead.ranges[0], p.u.y, begin + rows, b + 1 < last ? blocks.begin(b + 2) : 0, in,
+                    columns.count * ceil_div(rows, kTileRows));
+      for (int64_t j = 0; j < columns.count; ++j) {
+        BlockMoments<T> block;
+        const int vectors = columns.vectors(j), real = columns.last(j);
+        const int64_t c = columns.begin(j);
+        for_tiles(rows, tile_rows(vectors), [&](int64_t row, int height) {
+          const ForwardTile<S> tile = {value.data + row * kPanel<T>, weight + c * in, value.stride, in, out, row,
+                                       p.y + (begin + row) * out + c, real, moments ? &block : nullptr};
+          prefetch_step(ahead);
+          with_wide_tile(height, vectors, [&](auto t) { forward_tile<S, t.rows, t.vectors>(tile); });
+        });
+        if (moments == nullptr) continue;
+        for (int v = 0; v < vectors; ++v) {
+          store_moments<T>({block.mean[v], block.m2[v]}, moments, b, out, c + v * kLanes<T>,
+                           v + 1 < vectors ? kLanes<T> : real);
+        }
+      }
+    }
+  });
+  if (moments) {
+    merge_moments(blocks.count, out, moments, [&](int64_t b) { return blocks.begin(b + 1) - blocks.begin(b); }, p.mean, p.var);
+  }
+}
+
+}  // namespace MBN_ISA
+}  // namespace mbn

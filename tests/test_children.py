@@ -1,0 +1,128 @@
+"""Hooks fire and changed children run: a fused block then steps aside and says why."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from stock import assert_same, block, make_input, step, twin_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+
+def test_hooks_on_the_block_fire(backend: str) -> None:
+    module, seen = block(), []
+    module.register_forward_pre_hook(lambda m, a: seen.append("forward pre"))
+    module.register_forward_hook(lambda m, a, out: seen.append("forward"))
+    module.register_full_backward_pre_hook(lambda m, g: seen.append("backward pre"))
+    module.register_full_backward_hook(lambda m, g_in, g_out: seen.append("backward"))
+    assert module.why_not_fused() is None
+    step(module, make_input())
+    assert seen == ["forward pre", "forward", "backward pre", "backward"]
+
+
+HOOKS = {
+    "register_forward_hook": lambda m, a, out: None,
+    "register_forward_pre_hook": lambda m, a: None,
+    "register_full_backward_hook": lambda m, g_in, g_out: None,
+    "register_full_backward_pre_hook": lambda m, g: None,
+}
+
+
+@pytest.mark.parametrize("register", HOOKS)
+@pytest.mark.parametrize("child", ("layers", "layers.0", "layers.0.0", "layers.1.1", "layers.1.2", "layers.2",
+                                   "layers.2.squeeze", "layers.2.excitation.3", "layers.3.0"))  # fmt: skip
+def test_hooks_on_children_fire(backend: str, register: str, child: str) -> None:
+    module, seen = block(), []
+
+    def hook(*args):
+        seen.append(child)
+        return HOOKS[register](*args)
+
+    handle = getattr(module.get_submodule(child), register)(hook)
+    assert module.why_not_fused() == f"a hook on {child}"
+    assert f"not fused: a hook on {child}" in repr(module)
+    assert_same(step(module, make_input()), step(twin_of(block()), make_input()))
+    assert seen
+    handle.remove()
+    assert module.why_not_fused() is None
+
+
+def test_a_hook_may_change_what_it_sees(backend: str) -> None:
+    module, twin = block(), twin_of(block())
+    for m in (module, twin):
+        m.layers[1][0].register_forward_hook(lambda m, a, out: out * 2)
+    assert_same(step(module, make_input()), step(twin, make_input()))
+
+
+def test_hooks_on_parameters_fire(backend: str) -> None:
+    module, seen = block(), []
+    for name, p in module.named_parameters():
+        p.register_hook(lambda g, name=name: seen.append(name))
+        p.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
+    step(module, make_input())
+    assert sorted(seen) == sorted(2 * [name for name, _ in module.named_parameters()])
+
+
+@pytest.mark.parametrize("child", ("layers.0.0", "layers.1.0", "layers.2.excitation.0"))
+def test_prune(backend: str, child: str) -> None:
+    module, twin = block(), twin_of(block())
+    for m in (module, twin):
+        prune.l1_unstructured(m.get_submodule(child), "weight", amount=0.5)
+    assert_same(step(module, make_input()), step(twin, make_input()))
+    for m in (module, twin):
+        prune.remove(m.get_submodule(child), "weight")
+    assert module.why_not_fused() is None
+    assert (module.get_submodule(child).weight == 0).float().mean() == 0.5
+    assert_same(step(module, make_input()), step(twin, make_input()))
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("child", ("layers.0.0", "layers.1.0", "layers.1.1", "layers.2.excitation.0"))
+def test_parametrize(backend: str, child: str) -> None:
+    module, twin = block(), twin_of(block())
+    for m in (module, twin):
+        parametrize.register_parametrization(m.get_submodule(child), "weight", Halved())
+    assert module.why_not_fused() is not None
+    assert_same(step(module, make_input()), step(twin, make_input()))
+
+
+def test_sync_batch_norm(backend: str) -> None:
+    """A converted block runs its children; on the CPU they evaluate (training them needs a GPU, in stock as here)."""
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(block())
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in module.modules()) == 3
+    assert module.why_not_fused() == "SyncBatchNorm in the place of BatchNorm2d"
+    assert_same(step(module.eval(), make_input()), step(twin_of(block()).eval(), make_input()))
+
+
+class OtherAct(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+REPLACED = {
+    "layers.0.0": (lambda: nn.Conv2d(4, 12, 1), "a convolution with a bias"),
+    "layers.1.0": (lambda: nn.Conv2d(12, 12, 3, padding=1, bias=False, groups=3), "neither pointwise nor depthwise"),
+    "layers.1.1": (lambda: nn.GroupNorm(3, 12), "GroupNorm in the place of BatchNorm2d"),
+    "layers.1.2": (OtherAct, "activation OtherAct"),
+    "layers.2.excitation.1": (OtherAct, "squeeze-excite of other modules"),
+    "layers.2.excitation.0": (lambda: nn.Linear(12, 3, bias=False), "squeeze-excite of other modules"),
+    "layers.3.0": (lambda: nn.Conv2d(12, 4, 3, padding="same", bias=False), "padding"),
+    "layers.3.1": (nn.Identity, "Identity in the place of BatchNorm2d"),
+}
+
+
+@pytest.mark.parametrize("child", REPLACED)
+def test_replaced_children_run(backend: str, child: str) -> None:
+    make, reason = REPLACED[child]
+    module, twin = block(), twin_of(block())
+    replacement = make()
+    for m in (module, twin):
+        parent, _, last = child.rpartition(".")
+        setattr(m.get_submodule(parent), last, copy.deepcopy(replacement))
+    assert reason in module.why_not_fused()
+    assert_same(step(module, make_input()), step(twin, make_input()))
