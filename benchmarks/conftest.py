@@ -41,6 +41,7 @@ def timed(benchmark, device: torch.device, request: pytest.FixtureRequest) -> Ca
     return run
 
 
+@pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = []
     for group, by_name in config.stash.get(MEDIANS, {}).items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .chain import RUNNING, Stage, stage_parameters
+from .chain import RUNNING, Stage, accumulate_dtype, stage_parameters
 
 
 def fail(op: str, argument: str, expected: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
@@ -56,14 +56,21 @@ def integers(op: str, argument: str, value: Any, counts: Sequence[int], least: i
     return tuple(values)
 
 
+def check_beside(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    """Checks a parameter: dense, on x's device, of x's dtype or (but for a weight) the one that x accumulates in."""
+    if t.device != x.device:
+        fail(op, name, f"a tensor on {x.device} as x is", f"one on {t.device}")
+    if t.layout != torch.strided:
+        fail(op, name, "a dense tensor", f"layout {t.layout}", TypeError)
+    wider = accumulate_dtype(x.dtype)
+    if t.dtype != x.dtype and (name == "weight" or t.dtype != wider):
+        also = "" if name == "weight" or wider == x.dtype else f" or {wider}"
+        fail(op, name, f"{x.dtype}{also} for x of {x.dtype}", t.dtype, TypeError)
+
+
 def check_chain(op: str, x: Tensor, stages: Sequence[Stage], params: Sequence[Tensor], residual: bool) -> None:
     """Checks every tensor of a chain against its stages: rank, shape, dtype, device, layout."""
-    if x.layout != torch.strided or x.is_quantized:
-        fail(op, "x", "a dense tensor", "a quantized one" if x.is_quantized else f"layout {x.layout}", TypeError)
-    if not x.dtype.is_floating_point:
-        fail(op, "x", "a floating-point tensor", x.dtype, TypeError)
-    if x.dim() != 4:
-        fail(op, "x", "4 dimensions (N, C, H, W)", f"{x.dim()}")
+    check_input(op, x)
     count = sum(len(stage.parameter_names) for stage in stages)
     if len(params) != count:
         fail(op, "params", f"{count} tensors", len(params))
@@ -74,14 +81,19 @@ def check_chain(op: str, x: Tensor, stages: Sequence[Stage], params: Sequence[Te
         fail(op, "residual", f"the output's shape {shape}", tuple(x.shape))
 
 
+def check_input(op: str, x: Tensor) -> None:
+    """Checks that x is dense, of floating point, and ``[N, C, H, W]``."""
+    if x.layout != torch.strided or x.is_quantized:
+        fail(op, "x", "a dense tensor", "a quantized one" if x.is_quantized else f"layout {x.layout}", TypeError)
+    if not x.dtype.is_floating_point:
+        fail(op, "x", "a floating-point tensor", x.dtype, TypeError)
+    if x.dim() != 4:
+        fail(op, "x", "4 dimensions (N, C, H, W)", f"{x.dim()}")
+
+
 def _check_stage(op: str, x: Tensor, shape: tuple[int, ...], stage: Stage, p: dict[str, Tensor]) -> tuple[int, ...]:
     for name, t in p.items():
-        if t.device != x.device:
-            fail(op, name, f"a tensor on {x.device} as x is", f"one on {t.device}")
-        if name == "weight" and t.dtype != x.dtype:
-            fail(op, name, f"{x.dtype} as x is", t.dtype, TypeError)
-        if t.layout != torch.strided or not t.dtype.is_floating_point:
-            fail(op, name, "a dense floating-point tensor", f"{t.dtype} with layout {t.layout}", TypeError)
+        check_beside(op, name, t, x)
     channels, weight = shape[1], p.get("weight")
     if weight is not None:
         kernel, groups = tuple(stage.kernel), channels if stage.conv == "depthwise" else 1

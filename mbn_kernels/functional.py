@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops  # noqa: F401  (ops registers torch.ops.mbn.chain)
-from .chain import chain_spec, stage_spec
+from . import backends, checks, ops
+from .chain import chain_spec, parse, stage_spec
 
 Pair = int | tuple[int, int]
 
@@ -57,7 +57,7 @@ def run_chain(
         running: for each stage that uses batch statistics, the running ones to update in place.
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
-    out, statistics, _ = torch.ops.mbn.chain(x, list(params), spec, residual, save, backends.choose(x.device))
+    out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backends.choose(x.device))
     with torch.no_grad():
         for i, r in enumerate(running):
             r.update(statistics[2 * i], statistics[2 * i + 1], x.numel())
@@ -107,12 +107,15 @@ def _conv_bn_act(
         params += [running_mean, running_var]
     running = [Running(running_mean, running_var, float(momentum))] if training else []
     if training and running_mean is not None:
+        checks.check_input(op, x)
         channels = weight.shape[0] if weight.dim() else 0
         for name in ("running_mean", "running_var"):
-            if tuple(norm[name].shape) != (channels,) or norm[name].device != x.device:
-                checks.fail(
-                    op, name, f"shape ({channels},) on {x.device}", f"{tuple(norm[name].shape)} on {norm[name].device}"
-                )
+            checks.check_beside(op, name, norm[name], x)
+            if tuple(norm[name].shape) != (channels,):
+                checks.fail(op, name, f"shape ({channels},)", tuple(norm[name].shape))
+    if not training and not torch.compiler.is_compiling():
+        # The operator checks, too, but a kernel for whole chains in evaluation would take a weight of another rank.
+        checks.check_chain(op, x, parse(chain_spec(op, [spec])).stages, params, residual is x)
     # The chain's own residual is its input; another tensor is added to what it returns.
     out = run_chain(x, chain_spec(op, [spec]), params, running, residual is x)
     return out if residual is None or residual is x else out + residual

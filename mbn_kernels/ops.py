@@ -24,7 +24,8 @@ library.define(
     "chain_backward(Tensor dout, Tensor x, Tensor[] params, Tensor[] saved, str spec, bool residual, bool[] needs, "
     "str backend) -> Tensor[]"
 )
-_OP, _BACKWARD_OP = torch.ops.mbn.chain.default, torch.ops.mbn.chain_backward.default
+# Overloads, not packets: finding the overload again costs microseconds a call.
+CHAIN, _CHAIN_BACKWARD = torch.ops.mbn.chain.default, torch.ops.mbn.chain_backward.default
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def _chain(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save:
     if not save and chosen.kernels.evaluates(parsed):
         try:
             return chosen.kernels.evaluate(x, parsed, params, residual), [], []
-        except RuntimeError:
+        except Exception:
             # The kernel checks everything itself; only where it refuses is it worth finding the best words.
             _check(parsed, chosen, backend, x, params, residual)
             raise
@@ -113,7 +114,7 @@ def _differentiate(ctx, dout: Tensor | None, _statistics, _saved):
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     if dout is None:
         return None, [None] * ctx.count, None, None, None, None
-    found = iter(_BACKWARD_OP(dout, x, params, saved, ctx.spec, ctx.residual, needs, ctx.backend))
+    found = iter(_CHAIN_BACKWARD(dout, x, params, saved, ctx.spec, ctx.residual, needs, ctx.backend))
     dx, *grads = [next(found) if need else None for need in needs]
     return dx, grads, None, None, None, None
 
@@ -137,7 +138,7 @@ def _autocast(device_type: str):
             params = [p.to(dtype) if name == "weight" else p for p, name in zip(params, names, strict=True)]
         wider = residual and x.dtype != given.dtype  # a residual is added as it was given, not as it was cast
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            out, statistics, saved = _OP(x, params, spec, residual and not wider, save, backend)
+            out, statistics, saved = CHAIN(x, params, spec, residual and not wider, save, backend)
         return (out + given if wider else out), statistics, saved
 
     return run

@@ -11,7 +11,7 @@ the numbers averaged, since their rounding is what a mean inherits. float64 has 
 Both terms are estimates that a small tensor can make by luck: the maximum of four rounding errors may be nearly 0,
 and a sum that happens to cancel has no scale. So before a breach counts, stock's error is taken anew on up to
 DRAWS copies of the inputs in either memory format, each rounded once more at random, and eps * scale gives way to what
-that rounding alone changed in the oracle, where that is more. The fused error is never drawn again.
+that rounding alone changed in the oracle, where that is more, or to eps times the gradient before batch norm cancels. The fused error is never drawn again.
 
 A derivative that jumps turns a rounding error into an error of its own size, in stock as here. So inputs keep away from
 kinks where they can: :func:`avoid_kinks` shifts each bias to the widest gap between the values that it adds to.
@@ -19,6 +19,7 @@ kinks where they can: :func:`avoid_kinks` shifts each bias to the widest gap bet
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -300,6 +301,10 @@ class Expected:
             change = max_error(oracle[name], self.oracle[name]) / torch.finfo(self.dtype).eps
             self.slack[name] = max(self.slack[name], self.eps * change)
 
+    def widen(self, sizes: dict[str, float]) -> None:
+        for name, size in sizes.items():
+            self.slack[name] = max(self.slack[name], self.eps * size)
+
     def breaches(self, got: dict[str, Tensor]) -> list[str]:
         """Every breach, so that one failure shows all of them.
 
@@ -356,7 +361,17 @@ def compare_case(
     change = change or (lambda t: t)
     typed = change(prepare(case, dtype, training, seed).map(lambda v: v.to(dtype)))
     got = run(f, case, typed, training)
-    hold(got, lambda t: run(stock_chain, case, t, training), typed, dtype, change, not_finite)
+    sizes = functools.partial(sizes_before_batch_norm, case, typed) if training else dict
+    hold(got, lambda t: run(stock_chain, case, t, training), typed, dtype, change, not_finite, sizes)
+
+
+def sizes_before_batch_norm(case: Case, t: Tensors) -> dict[str, float]:
+    """The size of each gradient before batch norm takes its part away, which is its size in evaluation.
+
+    A weight that only scales what is normalised has no gradient in training but the rounding errors of its terms.
+    """
+    found = run(stock_chain, case, t.map(torch.Tensor.double), False)
+    return {name: magnitude(g) for name, g in found.items() if name.startswith("grad")}
 
 
 def hold(
@@ -366,6 +381,7 @@ def hold(
     dtype: torch.dtype,
     change: Callable = lambda t: t,
     not_finite: bool = False,
+    sizes: Callable[[], dict[str, float]] = dict,
 ) -> None:
     """Holds fused results to the tolerance; ``stock`` computes the same results from tensors of any dtype."""
     expected = Expected(dtype, stock(t.map(torch.Tensor.double)), stock(t), not_finite)
@@ -378,6 +394,8 @@ def hold(
     for draw in range(DRAWS):
         if not expected.breaches(got):
             break
+        if draw == 0:
+            expected.widen(sizes())
         drawn = change(t.map(again))
         if draw % 2:
             drawn.x = drawn.x.contiguous(memory_format=torch.channels_last)

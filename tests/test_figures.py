@@ -139,14 +139,15 @@ def test_multiply_adds(build, options, _, expected):
 
 @pytest.mark.parametrize("build", [mobilenet_v1, mobilenet_v2, mobilenet_v3_large, mobilenet_v3_small])
 def test_multiply_adds_of_a_training_step(build):
-    """Forward and backward, where each convolution costs its input's and its weight's gradient besides."""
-    totals = []
-    for fused in (True, False):
-        model = build(fused=fused)
-        with FlopCounterMode(display=False) as counter:
-            model(torch.ones(2, 3, 64, 64)).sum().backward()
-        totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1]
+    """Backward costs each convolution's input gradient and weight gradient besides; the stem's input needs none.
+
+    Stock's own count is no yardstick: before torch 2.13 it takes a grouped convolution's gradient for a dense one's.
+    """
+    model, shape = build(), (2, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.ones(shape)).sum().backward()
+    forward, stem = 2 * multiply_adds(model, *shape), 2 * multiply_adds(model.conv1, *shape)
+    assert counter.get_total_flops() == 3 * forward - stem
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])

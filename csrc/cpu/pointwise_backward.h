@@ -66,7 +66,6 @@ static void sum_rows(const PointwiseBackward<S>& p, int64_t begin, int64_t end, 
 // du of one block, and its sums.
 template <class S>
 static void input_block(const PointwiseBackward<S>& p, const Blocks& blocks, int64_t b, const LeftPanels<Accumulate<S>>& gradient,
-                       
                         const Accumulate<S>* weight, Accumulate<S>* partials, Ahead& ahead) {
   using T = Accumulate<S>;
   const int64_t in = p.in_channels, out = p.out_channels, begin = blocks.begin(b), end = blocks.begin(b + 1);
@@ -78,8 +77,7 @@ static void input_block(const PointwiseBackward<S>& p, const Blocks& blocks, int
       const int64_t offset = (begin + row) * in + c;
       const InputTile<S> tile = {gradient.data + row * kPanel<T>, weight + c * out, gradient.stride, out, in,
                                  p.residual ? p.residual + offset : nullptr,
-                                 p.residual ? p.residual + p.images * p.pixels * in : nullptr,
-                                 p.du + offset, real};
+                                 p.residual ? p.residual + p.images * p.pixels * in : nullptr, p.du + offset, real};
       prefetch_step(ahead);
       with_wide_tile(height, vectors, [&](auto t) { input_tile<S, t.rows, t.vectors>(tile); });
     });

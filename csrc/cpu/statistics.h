@@ -106,9 +106,9 @@ MBN_INLINE void for_double_lanes(int64_t begin, int64_t end, const F& f) {
 }
 
 // mean and biased variance per channel from the partials of all tiles; count(tile) says how many rows a tile had. In double: thousands of
-// tiles merged in float would lose the digits that the tiles have kept.
-template <class T, class Count>
-MBN_INLINE void merge_moments(int64_t tiles, int64_t channels, const T* partials, const Count& count, T* mean, T* var) {
+// tiles merged in float would lose the digits that the tiles have kept. Partials are float or double, whatever T is.
+template <class Partial, class T, class Count>
+MBN_INLINE void merge_moments(int64_t tiles, int64_t channels, const Partial* partials, const Count& count, T* mean, T* var) {
   Scratch scratch;
   double* rows = take<double>(scratch, tiles);
   double total = 0;
@@ -116,7 +116,7 @@ MBN_INLINE void merge_moments(int64_t tiles, int64_t channels, const T* partials
   const double share = 1 / total;
   parallel_channels(channels, 2 * tiles, [&](int64_t begin, int64_t end) {
     for_double_lanes(begin, end, [&](int64_t c, const auto& load_lanes) {
-      const T* p = partials + c;
+      const Partial* p = partials + c;
       decltype(load_lanes(p)) m = {}, q = {};
       for (int64_t t = 0; t < tiles; ++t) m += rows[t] * load_lanes(p + t * 2 * channels);
       m *= share;

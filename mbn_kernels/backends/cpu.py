@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import schemas  # noqa: F401  (the library implements these schemas)
 from ..activations import ACTIVATIONS
 from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype
-from .reference import empty_channels_last, gate_backward, gate_forward
+from .reference import empty_channels_last
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -80,9 +80,6 @@ def _vectors(like: Tensor, *shape: int) -> Tensor:
 class CpuKernels:
     """:class:`mbn_kernels.chain.Kernels` on ``torch.ops.mbn.*``: allocates the outputs, the operators fill them."""
 
-    gate_forward = staticmethod(gate_forward)
-    gate_backward = staticmethod(gate_backward)
-
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
         n, _, h, w = u.y.shape
         y, mean, var = self._forward_outputs(u.y, (n, weight.shape[0], h, w), statistics)
@@ -118,6 +115,30 @@ class CpuKernels:
         pooled = _vectors(u.y, *u.y.shape[:2])
         _ops.pool(*_value(u), pooled)
         return pooled
+
+    # The gate's two layers are pointwise convolutions of a 1x1 map with a bias in the place of the norm, so the same kernels
+    # run them, and with the same bits for any number of threads, which a library's product does not promise.
+
+    def gate_forward(self, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) -> Tensor:
+        return self.materialize(self._gate_layers(pooled, p, acts)[2], None).flatten(1)
+
+    def gate_backward(self, dgate: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]):
+        squeezed, hidden, logits, w1, w2 = self._gate_layers(pooled, p, acts)  # small: recomputed, not saved
+        dgate = dgate[:, :, None, None]
+        db2 = self.reduce_gradient(dgate, logits, None)[0]
+        wants = (True, True, True)
+        dhidden, sums, dw2 = self.pointwise_backward(Gradient(dgate, logits), w2, hidden, None, None, *wants)
+        wants = (True, False, True)
+        dpooled, _, dw1 = self.pointwise_backward(Gradient(dhidden, hidden), w1, squeezed, None, None, *wants)
+        return dpooled.flatten(1), {"w1": dw1, "b1": sums[0].clone(), "w2": dw2, "b2": db2.clone()}
+
+    def _gate_layers(self, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]):
+        w1, w2 = (p[name].to(pooled.dtype).flatten(1)[:, :, None, None].contiguous() for name in ("w1", "w2"))
+        b1, b2 = (p[name].to(pooled.dtype).contiguous() for name in ("b1", "b2"))
+        squeezed = Value(pooled[:, :, None, None])
+        hidden = Value(self.pointwise_forward(squeezed, w1, False)[0], torch.ones_like(b1), b1, acts[0])
+        logits = Value(self.pointwise_forward(hidden, w2, False)[0], torch.ones_like(b2), b2, acts[1])
+        return squeezed, hidden, logits, w1, w2
 
     def materialize(self, u: Value, residual: Tensor | None) -> Tensor:
         out = empty_channels_last(u.y, tuple(u.y.shape))

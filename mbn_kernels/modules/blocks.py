@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..checks import fail, integers
-from .fused import FusedModule, Unit
+from .fused import FusedModule, Unit, stage_unit
 
 #: Names of the non-linearity in constructors; "hs" is the MobileNetV3 tables' own.
 _ACT_MODULES = {
@@ -24,9 +24,9 @@ def make_divisible(v: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * v else rounded
 
 
-def _act(op: str, name: str) -> nn.Module:
-    if name not in _ACT_MODULES:
-        fail(op, "nl", f"one of {', '.join(_ACT_MODULES)}", repr(name))
+def _act(op: str, name: str, argument: str = "nl") -> nn.Module:
+    if not isinstance(name, str) or name not in _ACT_MODULES:
+        fail(op, argument, f"one of {', '.join(_ACT_MODULES)}", repr(name))
     return _ACT_MODULES[name]()
 
 
@@ -90,7 +90,7 @@ class _ConvBNAct(FusedModule):
             self.add_module(name, child)
 
     def units(self) -> list[Unit]:
-        return [Unit(*self._modules.values())]
+        return [stage_unit(self)]
 
     def stock_forward(self, x: Tensor) -> Tensor:
         for child in self.children():
@@ -125,7 +125,9 @@ class FusedDepthwiseConvBNAct(_ConvBNAct):
         _counts(op, channels=channels, stride=stride, dilation=dilation)
         if padding is not None:
             integers(op, "padding", padding, (1,), 0)
-        super().__init__(_depthwise(channels, k, stride, dilation, padding, _act(op, act), bn_eps, bn_momentum), fused)
+        super().__init__(
+            _depthwise(channels, k, stride, dilation, padding, _act(op, act, "act"), bn_eps, bn_momentum), fused
+        )
 
 
 class FusedPointwiseConvBNAct(_ConvBNAct):
@@ -143,7 +145,7 @@ class FusedPointwiseConvBNAct(_ConvBNAct):
     ) -> None:
         op = "FusedPointwiseConvBNAct"
         _counts(op, in_channels=in_channels, out_channels=out_channels)
-        super().__init__(_pointwise(in_channels, out_channels, _act(op, act), bn_eps, bn_momentum), fused)
+        super().__init__(_pointwise(in_channels, out_channels, _act(op, act, "act"), bn_eps, bn_momentum), fused)
 
 
 class _LayersBlock(FusedModule):
@@ -157,10 +159,10 @@ class _LayersBlock(FusedModule):
     def units(self) -> list[Unit]:
         units: list[Unit] = []
         for layer in self.layers._modules.values():
-            if isinstance(layer, FusedSqueezeExcite):
+            if isinstance(layer, FusedSqueezeExcite) and units and units[-1].excitation is None:
                 units[-1] = Unit(*units[-1][:3], layer.excitation)
             else:
-                units.append(Unit(*layer._modules.values()))
+                units.append(stage_unit(layer))
         return units
 
     def has_residual(self) -> bool:

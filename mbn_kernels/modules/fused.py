@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain import chain_spec, stage_spec
+from ..checks import check_tensor
 from ..functional import Running, run_chain
 
 #: Activation modules and the chain's names for them.
@@ -41,6 +42,12 @@ class Unit(NamedTuple):
     excitation: nn.Sequential | None = None
 
 
+def stage_unit(layer: nn.Module) -> Unit:
+    """The unit of a module that holds (convolution, batch norm[, activation]); of any other, one that does not fuse."""
+    children = layer._modules.values()
+    return Unit(*children) if len(children) in (2, 3) else Unit(layer, None)
+
+
 def _child_has_hook(module: nn.Module) -> bool:
     pending = list(module._modules.values())
     for m in pending:
@@ -68,6 +75,8 @@ def _conv_reason(conv: nn.Module) -> str | None:
 
 
 def _unit_reason(unit: Unit) -> str | None:
+    if unit.conv is not None and unit.bn is None:
+        return f"{type(unit.conv).__name__} in the place of a stage"
     if unit.conv is not None:
         reason = _conv_reason(unit.conv)
         if reason:
@@ -77,7 +86,8 @@ def _unit_reason(unit: Unit) -> str | None:
         if act_name(unit.act) is None:
             return f"activation {type(unit.act).__name__}"
     if unit.excitation is not None:
-        fc1, act, fc2, gate = unit.excitation
+        modules = unit.excitation._modules.values()
+        fc1, act, fc2, gate = modules if len(modules) == 4 else (None,) * 4
         linear = type(fc1) is type(fc2) is nn.Linear and fc1.bias is not None and fc2.bias is not None
         if not linear or act_name(act) is None or act_name(gate) is None:
             return "a squeeze-excite of other modules than Linear, activation, Linear, activation"
@@ -122,6 +132,7 @@ class FusedModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.why_not_fused():
             return self.stock_forward(x)
+        check_tensor(type(self).__name__, "x", x)
         specs, params, running = [], [], []
         for unit in self.units():
             specs.append(_append_unit(unit, params, running))
@@ -141,9 +152,9 @@ def _append_unit(unit: Unit, params: list[Tensor], running: list[Running]) -> st
         batch = bn.training or bn.running_mean is None
         params.append(conv.weight)
         if bn.affine:
-            params += [bn.weight, bn.bias]
+            params += (bn.weight, bn.bias)
         if not batch:
-            params += [bn.running_mean, bn.running_var]
+            params += (bn.running_mean, bn.running_var)
         elif bn.training and bn.track_running_stats:
             running.append(Running(bn.running_mean, bn.running_var, bn.momentum, bn.num_batches_tracked))
         else:
