@@ -34,7 +34,7 @@ except ImportError as error:
     sys.exit(f"demo: {error.name} is missing: run `pip install -e '.[demo]'`")
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend without a display)
+from matplotlib import pyplot as plt
 
 LEAST_ACCURACY = 0.97
 COMPARED_STEPS = 20

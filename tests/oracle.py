@@ -1,6 +1,6 @@
 """The oracle: stock PyTorch in float64 on the same rounded inputs, and the tolerance, stated here once.
 
-TOLERANCE. With errors as maxima over a tensor, against the float64 oracle on the inputs as rounded to the dtype,
+TOLERANCE. With errors as maxima over a tensor, against the float64 oracle on the inputs as rounded to the dtype:
 
     error(fused) <= 2 * error(stock PyTorch at that dtype) + eps(dtype) * scale
 
@@ -8,10 +8,11 @@ for outputs, all gradients and running statistics. ``scale`` is the oracle's lar
 the numbers averaged, since their rounding is what a mean inherits. float64 has no wider oracle: there the bound is
 1e-12 * scale.
 
-Both terms are estimates that a small tensor can make by luck: the maximum of four rounding errors may be nearly 0,
-and a sum that happens to cancel has no scale. So before a breach counts, stock's error is taken anew on up to
-DRAWS copies of the inputs in either memory format, each rounded once more at random, and eps * scale gives way to what
-that rounding alone changed in the oracle, where that is more, or to eps times the gradient before batch norm cancels. The fused error is never drawn again.
+Both terms are estimates that a small tensor can make by luck: the maximum of four rounding errors may be nearly 0, and
+a sum that happens to cancel has no scale. So before a breach counts, stock's error is taken anew on up to DRAWS copies
+of the inputs in either memory format, each rounded once more at random, and scale becomes the largest of: the oracle's
+magnitude, what that rounding alone changed in the oracle over eps, and a gradient's size before batch norm cancels it.
+The fused error is never drawn again.
 
 A derivative that jumps turns a rounding error into an error of its own size, in stock as here. So inputs keep away from
 kinks where they can: :func:`avoid_kinks` shifts each bias to the widest gap between the values that it adds to.
@@ -52,8 +53,6 @@ STOCK_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 # Chains ---------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StageCase:
     """One stage of a case: the fields of :func:`mbn_kernels.chain.stage_spec`, and a pointwise stage's output width."""
@@ -158,11 +157,7 @@ def make_tensors(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) 
             p |= {"w1": randn(squeeze, channels) / channels**0.5, "b1": randn(squeeze)}
             p |= {"w2": randn(channels, squeeze) / squeeze**0.5, "b2": randn(channels)}
         stages.append(p)
-    return rounded(Tensors(0.3 + randn(*case.shape), stages), dtype)
-
-
-def rounded(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    return tensors.map(lambda t: t.to(dtype).to(torch.float64))
+    return Tensors(0.3 + randn(*case.shape), stages).map(lambda t: t.to(dtype).to(torch.float64))
 
 
 def gap_shift(n: Tensor, kinks: Sequence[float], width: float = 0.5) -> Tensor:
@@ -263,7 +258,7 @@ def run(f: Callable[[Case, Tensors, bool], Tensor], case: Case, t: Tensors, trai
 
 
 def prepare(case: Case, dtype: torch.dtype, training: bool, seed: int = 0) -> Tensors:
-    """Tensors for a case in float64, representable in dtype, away from kinks, with a gradient of the output."""
+    """A case's tensors in float64, representable in dtype, away from kinks, with a gradient of the output."""
     t = make_tensors(case, dtype, seed)
     avoid_kinks(case, t, training, dtype)
     with torch.no_grad():
@@ -389,7 +384,7 @@ def hold(
 
     def again(v: Tensor) -> Tensor:
         noise = torch.rand(v.shape, generator=g, dtype=torch.float64) - 0.5
-        return (v.double() * (1 + torch.finfo(dtype).eps * noise)).to(dtype)
+        return (v.double() * (1 + torch.finfo(dtype).eps * noise.to(v.device))).to(dtype)
 
     for draw in range(DRAWS):
         if not expected.breaches(got):

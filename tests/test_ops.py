@@ -261,6 +261,15 @@ def test_compile_blocks_one_by_one(backend: str) -> None:
         torch.testing.assert_close(after, dict(block.state_dict()))
 
 
+def test_export(backend: str) -> None:
+    block = stock.randomize(MODULES["two-blocks"]()).eval()
+    x = torch.randn(2, 4, 6, 5)
+    exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    for batch in (2, 5):
+        x = torch.randn(batch, 4, 6, 5)
+        torch.testing.assert_close(exported.module()(x), block(x))
+
+
 def test_compile_functional(backend: str) -> None:
     torch._dynamo.reset()
     t = make_tensors(CASES[0]).map(torch.Tensor.float)

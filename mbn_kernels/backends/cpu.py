@@ -23,7 +23,7 @@ _ops = torch.ops.mbn
 def load() -> str | None:
     """Loads the compiled library; returns why it cannot be used, or None."""
     if not LIBRARY.exists():
-        return f"{LIBRARY.name} is not built: run `pip install -e .` in the source tree (it needs a C++17 compiler)"
+        return f"{LIBRARY.name} is not built: run `pip install -e .` in the source tree (it needs a C++ compiler)"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
