@@ -116,8 +116,8 @@ class CpuKernels:
         _ops.pool(*_value(u), pooled)
         return pooled
 
-    # The gate's two layers are pointwise convolutions of a 1x1 map with a bias in the place of the norm, so the same kernels
-    # run them, and with the same bits for any number of threads, which a library's product does not promise.
+    # The gate's two layers are pointwise convolutions of a 1x1 map with a bias in the place of the norm, so the same
+    # kernels run them, with the same bits for any number of threads, which a library's product does not promise.
 
     def gate_forward(self, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) -> Tensor:
         return self.materialize(self._gate_layers(pooled, p, acts)[2], None).flatten(1)
