@@ -93,11 +93,20 @@ def digits(size: int, seed: int, device: str) -> tuple[Batch, Batch]:
 
 
 def epoch_batches(data: Batch, batch_size: int, seed: int) -> list[Batch]:
-    """The epoch's full batches in an order that the seed decides."""
-    images, labels = data
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    batches = order[: len(labels) // batch_size * batch_size].split(batch_size)
-    return [(images[i].contiguous(memory_format=torch.channels_last), labels[i]) for i in batches]
+    """The epoch's full batches: the digits in random order, each turned, moved and stretched a little at random."""
+    (images, labels), generator = data, torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)[: len(labels) // batch_size * batch_size]
+    angle, stretch, *move = torch.rand(4, len(order), generator=generator) * 2 - 1
+    angle, stretch = angle * math.radians(10), 1 + 0.1 * stretch
+    rows = [
+        torch.stack([angle.cos(), -angle.sin(), 0.1 * move[0]], 1),
+        torch.stack([angle.sin(), angle.cos(), 0.1 * move[1]], 1),
+    ]
+    affine = stretch[:, None, None] * torch.stack(rows, 1)
+    grid = F.affine_grid(affine.to(images.device), [len(order), *images.shape[1:]], align_corners=False)
+    images = F.grid_sample(images[order], grid, padding_mode="border", align_corners=False)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return list(zip(images.split(batch_size), labels[order].split(batch_size), strict=True))
 
 
 def measure_saved_bytes(model: nn.Module, batch: Batch) -> int:

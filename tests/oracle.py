@@ -36,16 +36,20 @@ KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "hardsig
 DRAWS = 8
 
 
+# Even in float64 stock rounds 1/6 to float32: in hard-sigmoid's gradient, and on a GPU in hard-swish.
 def exact_hardsigmoid(x: Tensor) -> Tensor:
-    # Stock's gradient rounds 1/6 to float32, even in float64.
     return (x + 3).clamp(0, 6) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
+
+
+def exact_hardswish(x: Tensor) -> Tensor:
+    return x * exact_hardsigmoid(x) if x.dtype == torch.float64 else F.hardswish(x)
 
 
 STOCK_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
     "relu6": F.relu6,
-    "hardswish": F.hardswish,
+    "hardswish": exact_hardswish,
     "silu": F.silu,
     "hardsigmoid": exact_hardsigmoid,
     "sigmoid": torch.sigmoid,
@@ -70,11 +74,9 @@ class StageCase:
     eps: float = 1e-5
 
     def spec(self, training: bool) -> str:
-        norm = ("batch" if training else "running") if self.norm else "none"
         window = {"kernel": self.kernel, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        affine = self.norm and self.affine
-        eps = self.eps if self.norm else 0.0
-        return chain.stage_spec(self.conv, **window, norm=norm, affine=affine, eps=eps, act=self.act, gate=self.gate)
+        norm = {"norm": "batch" if training else "running", "affine": self.affine, "eps": self.eps} if self.norm else {}
+        return chain.stage_spec(self.conv, **window, **norm, act=self.act, gate=self.gate)
 
 
 def pw(out: int, act: str = "identity", **fields) -> StageCase:
@@ -86,10 +88,8 @@ def dw(k: int | tuple[int, int], act: str = "identity", *, stride=1, padding=Non
     stride = (stride, stride) if isinstance(stride, int) else stride
     dilation = (dilation, dilation) if isinstance(dilation, int) else dilation
     if padding is None:
-        ph, pw_ = (d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
-        padding = (ph, ph, pw_, pw_)
-    elif isinstance(padding, int):
-        padding = (padding,) * 4
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True) for _ in range(2))
+    padding = (padding,) * 4 if isinstance(padding, int) else padding
     return StageCase("depthwise", 0, kernel, stride, padding, dilation, act, **fields)
 
 
@@ -98,9 +98,7 @@ def se(act: str = "relu", gate: str = "hardsigmoid") -> StageCase:
 
 
 @dataclass(frozen=True)
-class Case:
-    """A chain on an input shape."""
-
+class Case:  # a chain on an input
     name: str
     shape: tuple[int, int, int, int]
     stages: tuple[StageCase, ...]
@@ -110,12 +108,19 @@ class Case:
         return self.name
 
 
-@dataclass
-class Tensors:
-    """A case's tensors: the input, one dict of parameters per stage, the gradient of the output."""
+def in_each_mode(cases: Sequence[Case]) -> list[tuple[Case, bool]]:
+    """(case, training); a case without batch norm has one mode."""
+    return [(c, training) for c in cases for training in (True, False) if not training or any(s.norm for s in c.stages)]
 
+
+def mode_id(value: object) -> str:
+    return str(value) if isinstance(value, Case) else ("evaluation", "training")[value]
+
+
+@dataclass
+class Tensors:  # of a case
     x: Tensor
-    stages: list[dict[str, Tensor]]
+    stages: list[dict[str, Tensor]]  # parameters by name
     dout: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Tensors:
@@ -123,7 +128,7 @@ class Tensors:
         return Tensors(f(self.x), stages, None if self.dout is None else f(self.dout))
 
     def leaves(self) -> dict[str, Tensor]:
-        """The tensors to differentiate, by name; running statistics are not among them."""
+        """What to differentiate, by name: all but the running statistics."""
         found = {"x": self.x}
         for i, p in enumerate(self.stages):
             found |= {f"{i}.{name}": t for name, t in p.items() if not name.startswith("running")}
@@ -142,7 +147,7 @@ def make_tensors(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) 
 
     channels, stages = case.shape[1], []
     for stage in case.stages:
-        p: dict[str, Tensor] = {}
+        p = {}
         if stage.conv == "pointwise":
             p["weight"] = randn(stage.out, channels, 1, 1) / max(channels, 1) ** 0.5
             channels = stage.out
@@ -164,8 +169,8 @@ def gap_shift(n: Tensor, kinks: Sequence[float], width: float = 0.5) -> Tensor:
     """For each column of n [values, channels], the shift within ``width`` that leaves most room around every kink."""
     if not n.numel():
         return n.new_zeros(n.shape[1:])
-    distances = torch.cat([n - k for k in kinks] + [n.new_full((1, n.shape[1]), e) for e in (-width, width)])
-    ordered = distances.clamp(-width, width).sort(0).values
+    ends = [n.new_full((1, n.shape[1]), e) for e in (-width, width)]
+    ordered = torch.cat([n - k for k in kinks] + ends).clamp(-width, width).sort(0).values
     room, index = ordered.diff(dim=0).max(0)
     return -(ordered.gather(0, index[None])[0] + room / 2)
 
@@ -197,11 +202,9 @@ def stock_chain(case: Case, t: Tensors, training: bool, momentum: float = 0.1, s
             h = F.conv2d(h, p["weight"])
         elif stage.conv == "depthwise":
             top, bottom, left, right = stage.padding
-            if top == bottom and left == right:
-                h = F.conv2d(h, p["weight"], None, stage.stride, (top, left), stage.dilation, h.shape[1])
-            else:
-                h = F.pad(h, (left, right, top, bottom))
-                h = F.conv2d(h, p["weight"], None, stage.stride, 0, stage.dilation, h.shape[1])
+            pads = (top, left) if (top, left) == (bottom, right) else 0  # else padded beforehand
+            h = h if pads else F.pad(h, (left, right, top, bottom))
+            h = F.conv2d(h, p["weight"], None, stage.stride, pads, stage.dilation, h.shape[1])
         if stage.norm:
             running = p["running_mean"], p["running_var"]
             h = F.batch_norm(h, *running, p.get("bn_weight"), p.get("bn_bias"), training, momentum, stage.eps)
@@ -261,8 +264,7 @@ def prepare(case: Case, dtype: torch.dtype, training: bool, seed: int = 0) -> Te
     """A case's tensors in float64, representable in dtype, away from kinks, with a gradient of the output."""
     t = make_tensors(case, dtype, seed)
     avoid_kinks(case, t, training, dtype)
-    with torch.no_grad():
-        shape = stock_chain(case, t.map(torch.Tensor.clone), training).shape
+    shape = stock_chain(case, t.map(torch.Tensor.clone), training).shape
     g = torch.Generator().manual_seed(seed + 1)
     t.dout = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(torch.float64)
     return t

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from oracle import KINKS, Tensors, exact_hardsigmoid, gap_shift
+from oracle import KINKS, Tensors, exact_hardsigmoid, gap_shift, hold
 from torch import Tensor, nn
 
 from mbn_kernels import FusedInvResBlock
@@ -149,6 +149,38 @@ def run_module(module: nn.Module, t: Tensors) -> dict[str, Tensor]:
         with torch.no_grad():
             found["out without gradients"] = module(x)
     return found
+
+
+def compare_under_autocast(
+    fused: nn.Module,
+    twin: nn.Module,
+    shape: tuple[int, ...],
+    given: torch.dtype,
+    dtype: torch.dtype,
+    training: bool,
+    device: str = "cpu",
+) -> None:
+    """Dtypes of outputs and gradients are stock's, values by the tolerance of autocast's ``dtype``; x is ``given``."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    randomize(twin).to(dtype).double().train(training)
+    avoid_kinks(twin, x.double(), dtype)
+    fused.load_state_dict(twin.float().state_dict())
+    x = x.to(device, given)
+    results = []
+    for module, kind in ((fused, given), (twin, given), (twin, torch.float64)):
+        wide = kind == torch.float64
+        module = copy.deepcopy(module).to(device, kind if wide else torch.float32).train(training)
+        leaf = x.detach().to(kind).requires_grad_()
+        with torch.autocast(device, dtype=dtype, enabled=not wide):
+            out = module(leaf)
+        g = torch.linspace(-1, 1, out.numel(), device=device).to(dtype)
+        out.backward(g.view(out.shape).to(out.dtype))
+        found = {f"grad {k}": p.grad for k, p in module.named_parameters()} | {"grad x": leaf.grad}
+        found |= {k: b for k, b in module.named_buffers() if "running" in k}
+        results.append({"out": out.detach()} | found)
+    got, own, oracle = results
+    assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in own.items()}
+    hold(got, lambda t: own if t.x.dtype == given else oracle, Tensors(x, []), dtype)
 
 
 # One small block of every feature, for tests of how modules behave ----------------------------------------------------

@@ -18,7 +18,9 @@ from oracle import (
     compare_case,
     dw,
     fused_functional,
+    in_each_mode,
     make_tensors,
+    mode_id,
     prepare,
     pw,
     run,
@@ -91,12 +93,9 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case, training", in_each_mode(CASES), ids=mode_id)
 @BY_DTYPE
-@MODES
-def test_matches_the_oracle(backend: str, case: Case, dtype: torch.dtype, training: bool) -> None:
-    if case.stages[0].conv == "none" and training:
-        pytest.skip("squeeze-excite alone has one mode")
+def test_matches_the_oracle(backend: str, case: Case, training: bool, dtype: torch.dtype) -> None:
     compare_case(fused_functional, case, dtype, training)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import ACTS, Case, dw, fused_chain, fused_functional, prepare, pw, se
+from oracle import ACTS, Case, dw, fused_chain, fused_functional, in_each_mode, mode_id, prepare, pw, se
 
 import mbn_kernels
 
-MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 GATE = ("relu", "hardsigmoid")
 
 FUNCTIONAL = (
@@ -63,16 +62,12 @@ def check(f, case: Case, training: bool) -> None:
     assert torch.autograd.gradcheck(g, values, fast_mode=case.name not in WHOLE)
 
 
-@pytest.mark.parametrize("case", FUNCTIONAL, ids=str)
-@MODES
+@pytest.mark.parametrize("case, training", in_each_mode(FUNCTIONAL), ids=mode_id)
 def test_functional(backend: str, case: Case, training: bool) -> None:
-    if training and case.stages[0].conv == "none":
-        pytest.skip("squeeze-excite alone has one mode")
     check(fused_functional, case, training)
 
 
-@pytest.mark.parametrize("case", CHAINS, ids=str)
-@MODES
+@pytest.mark.parametrize("case, training", in_each_mode(CHAINS), ids=mode_id)
 def test_chain(backend: str, case: Case, training: bool) -> None:
     check(fused_chain, case, training)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import stock
 import torch
-from oracle import Case, Tensors, dw, hold, make_tensors, pw, se
+from oracle import Case, dw, make_tensors, pw, se
 from torch import Tensor, nn
 
 import mbn_kernels
@@ -305,28 +303,8 @@ AUTOCAST = {
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @MODES
 def test_autocast(backend: str, name: str, dtype: torch.dtype, training: bool) -> None:
-    """Dtypes of outputs and gradients are stock's, values by the tolerance of bfloat16."""
-    fused, twin = AUTOCAST[name]()
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 8 if name == "squeeze-excite" else 4, 8, 7, generator=g).bfloat16().to(dtype)
-    stock.randomize(twin)
-    for v in twin.state_dict().values():
-        if v.is_floating_point():
-            v.copy_(v.bfloat16())
-    fused.load_state_dict(twin.state_dict())
-    results = []
-    for module, kind in ((fused, dtype), (twin, dtype), (twin, torch.float64)):
-        module = copy.deepcopy(module).to(torch.float64 if kind == torch.float64 else torch.float32).train(training)
-        leaf = x.detach().to(kind).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind != torch.float64):
-            out = module(leaf)
-        out.backward(torch.linspace(-1, 1, out.numel(), dtype=kind).bfloat16().view(out.shape).to(out.dtype))
-        grads = {f"grad {k}": p.grad for k, p in module.named_parameters()} | {"grad x": leaf.grad}
-        buffers = {k: b.clone() for k, b in module.named_buffers() if "running" in k}
-        results.append({"out": out.detach()} | grads | buffers)
-    got, own, oracle = results
-    assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in own.items()}
-    hold(got, lambda t: own if t.x.dtype == dtype else oracle, Tensors(x, []), torch.bfloat16)
+    shape = 3, 8 if name == "squeeze-excite" else 4, 8, 7
+    stock.compare_under_autocast(*AUTOCAST[name](), shape, dtype, torch.bfloat16, training)
 
 
 @MODES

@@ -4,11 +4,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <string>
 
+#include "check.h"
 #include "kernels.h"
 
 namespace mbn {
@@ -40,8 +40,8 @@ std::string text_of(const Sizes& sizes) {
 }
 
 inline void check_kind(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, ": expected a CPU tensor, got one on another device");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, ": expected ", torch::headeronly::toString(dtype), ", got ",
+  MBN_CHECK(t.is_cpu(), op, ": ", name, ": expected a CPU tensor, got one on another device");
+  MBN_CHECK(t.scalar_type() == dtype, op, ": ", name, ": expected ", torch::headeronly::toString(dtype), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
 }
 
@@ -59,7 +59,7 @@ inline bool dense_in_order(const Tensor& t, const int* order, int64_t dims) {
 }
 
 inline Shape shape_of(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, ": expected 4 dimensions [N, C, H, W], got ", t.dim());
+  MBN_CHECK(t.dim() == 4, op, ": ", name, ": expected 4 dimensions [N, C, H, W], got ", t.dim());
   const auto s = t.sizes();
   return {s[0], s[1], s[2], s[3]};
 }
@@ -69,17 +69,17 @@ inline void check_activations(const char* op, const char* name, const Tensor& t,
   check_kind(op, name, t, dtype);
   const Shape s = shape_of(op, name, t);
   const int64_t expected[] = {shape.images, shape.channels, shape.height, shape.width};
-  STD_TORCH_CHECK(s.images == shape.images && s.channels == shape.channels && s.height == shape.height && s.width == shape.width,
+  MBN_CHECK(s.images == shape.images && s.channels == shape.channels && s.height == shape.height && s.width == shape.width,
                   op, ": ", name, ": expected size ", text_of(torch::headeronly::IntHeaderOnlyArrayRef(expected, 4)), ", got ",
                   text_of(t.sizes()));
-  STD_TORCH_CHECK(dense_in_order(t, kChannelsLast, 4), op, ": ", name, ": expected dense channels-last memory, got strides ",
+  MBN_CHECK(dense_in_order(t, kChannelsLast, 4), op, ": ", name, ": expected dense channels-last memory, got strides ",
                   text_of(t.strides()));
 }
 
 inline void check_dense(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel) {
   check_kind(op, name, t, dtype);
-  STD_TORCH_CHECK(t.numel() == numel, op, ": ", name, ": expected ", numel, " elements, got size ", text_of(t.sizes()));
-  STD_TORCH_CHECK(dense_in_order(t, nullptr, t.dim()), op, ": ", name, ": expected contiguous memory, got strides ",
+  MBN_CHECK(t.numel() == numel, op, ": ", name, ": expected ", numel, " elements, got size ", text_of(t.sizes()));
+  MBN_CHECK(dense_in_order(t, nullptr, t.dim()), op, ": ", name, ": expected contiguous memory, got strides ",
                   text_of(t.strides()));
 }
 
@@ -125,7 +125,7 @@ T* dense_out(const char* op, const char* name, const OptionalTensor& t, int64_t 
 }
 
 inline Act activation(const char* op, const char* name, int64_t act) {
-  STD_TORCH_CHECK(act >= 0 && act < kActCount, op, ": ", name, ": expected an activation in [0, ", kActCount, "), got ", act);
+  MBN_CHECK(act >= 0 && act < kActCount, op, ": ", name, ": expected an activation in [0, ", kActCount, "), got ", act);
   return static_cast<Act>(act);
 }
 
@@ -134,7 +134,7 @@ template <class S>
 Value<S> value(const char* op, const Shape& shape, const Tensor& y, const OptionalTensor& scale, const OptionalTensor& shift,
                const OptionalTensor& gate, int64_t act) {
   using T = Accumulate<S>;
-  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": u_shift: expected u_scale and u_shift together, got one of them");
+  MBN_CHECK(scale.has_value() == shift.has_value(), op, ": u_shift: expected u_scale and u_shift together, got one of them");
   Value<S> u;
   u.y = activations<S>(op, "u_y", y, shape);
   u.scale = dense<T>(op, "u_scale", scale, shape.channels);
@@ -150,12 +150,12 @@ Gradient<S> gradient(const char* op, const Shape& shape, const Tensor& dv, const
                      const OptionalTensor& shift, const OptionalTensor& gate, int64_t act, const OptionalTensor& q,
                      const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& c) {
   using T = Accumulate<S>;
-  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": g_shift: expected g_scale and g_shift together, got one of them");
-  STD_TORCH_CHECK(b.has_value() == c.has_value(), op, ": g_c: expected g_b and g_c together, got one of them");
+  MBN_CHECK(scale.has_value() == shift.has_value(), op, ": g_shift: expected g_scale and g_shift together, got one of them");
+  MBN_CHECK(b.has_value() == c.has_value(), op, ": g_c: expected g_b and g_c together, got one of them");
   Gradient<S> g;
   g.dv = activations<S>(op, "g_dv", dv, shape);
   g.of.act = activation(op, "g_act", act);
-  STD_TORCH_CHECK(y.has_value() || (g.of.act == Act::identity && !b.has_value()), op,
+  MBN_CHECK(y.has_value() || (g.of.act == Act::identity && !b.has_value()), op,
                   ": g_y: expected a tensor where g_act is not the identity or g_b is given, got none");
   g.of.y = activations<S>(op, "g_y", y, shape);
   g.of.scale = dense<T>(op, "g_scale", scale, shape.channels);
@@ -173,7 +173,7 @@ template <class S>
 Sums<S> sums(const char* op, const Shape& shape, bool gated, const OptionalTensor& mean, const OptionalTensor& rstd,
              const OptionalTensor& out) {
   using T = Accumulate<S>;
-  STD_TORCH_CHECK(mean.has_value() == rstd.has_value(), op, ": rstd: expected mean and rstd together, got one of them");
+  MBN_CHECK(mean.has_value() == rstd.has_value(), op, ": rstd: expected mean and rstd together, got one of them");
   Sums<S> s;
   s.mean = dense<T>(op, "mean", mean, shape.channels);
   s.rstd = dense<T>(op, "rstd", rstd, shape.channels);
@@ -194,7 +194,7 @@ void by_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
     case ScalarType::Double: return f(StorageTag<double>{});
     case ScalarType::BFloat16: return f(StorageTag<bf16>{});
     default:
-      STD_TORCH_CHECK(false, op, ": ", name, ": expected Float, Double or BFloat16, got ", torch::headeronly::toString(t.scalar_type()));
+      fail(op, ": ", name, ": expected Float, Double or BFloat16, got ", torch::headeronly::toString(t.scalar_type()));
   }
 }
 

@@ -15,12 +15,12 @@ Window window_of(const char* op, const Tensor& weight, const Shape& in, const st
   const auto check = [&](const char* name, const std::vector<int64_t>& numbers, size_t count, int64_t smallest) {
     bool fits = numbers.size() == count;
     for (const int64_t n : numbers) fits = fits && n >= smallest && n <= kLargestStep;
-    STD_TORCH_CHECK(fits, op, ": ", name, ": expected ", count, " numbers from ", smallest, " to ", kLargestStep, ", got ", text_of(numbers));
+    MBN_CHECK(fits, op, ": ", name, ": expected ", count, " numbers from ", smallest, " to ", kLargestStep, ", got ", text_of(numbers));
   };
   check("stride", stride, 2, 1);
   check("padding", padding, 4, 0);
   check("dilation", dilation, 2, 1);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == in.channels && weight.size(1) == 1 && weight.size(2) > 0 &&
+  MBN_CHECK(weight.dim() == 4 && weight.size(0) == in.channels && weight.size(1) == 1 && weight.size(2) > 0 &&
                       weight.size(2) <= kLargestStep && weight.size(3) > 0 && weight.size(3) <= kLargestStep,
                   op, ": weight: expected size [", in.channels, ", 1, kernel height, kernel width], got ", text_of(weight.sizes()));
   return {weight.size(2), weight.size(3), stride[0],  stride[1],  dilation[0],
@@ -30,7 +30,7 @@ Window window_of(const char* op, const Tensor& weight, const Shape& in, const st
 int64_t output_size(const char* op, const char* what, int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t before,
                     int64_t after) {
   const int64_t room = size + before + after - (kernel - 1) * dilation - 1;
-  STD_TORCH_CHECK(room >= 0, op, ": u_y: expected a padded ", what, " of at least ", (kernel - 1) * dilation + 1, ", got ",
+  MBN_CHECK(room >= 0, op, ": u_y: expected a padded ", what, " of at least ", (kernel - 1) * dilation + 1, ", got ",
                   size + before + after);
   return room / stride + 1;
 }
@@ -62,7 +62,7 @@ void depthwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const O
     const Shape in = shape_of(op, "u_y", u_y);
     const Window window = window_of(op, weight, in, stride, padding, dilation);
     const Shape out = output_shape(op, in, window);
-    STD_TORCH_CHECK(mean.has_value() == var.has_value(), op, ": var: expected mean and var together, got one of them");
+    MBN_CHECK(mean.has_value() == var.has_value(), op, ": var: expected mean and var together, got one of them");
     DepthwiseForward<S> p;
     set_shape(p, in, out, window);
     p.u = value<S>(op, in, u_y, u_scale, u_shift, u_gate, u_act);
@@ -89,7 +89,7 @@ void depthwise_backward(const Tensor& g_dv, const OptionalTensor& g_y, const Opt
     const Window window = window_of(op, weight, in, stride, padding, dilation);
     const Shape out = output_shape(op, in, window);
     const int64_t weights = in.channels * window.kernel_h * window.kernel_w;
-    STD_TORCH_CHECK(du.has_value() || !sums.has_value(), op, ": sums: expected du where sums are wanted, got no du");
+    MBN_CHECK(du.has_value() || !sums.has_value(), op, ": sums: expected du where sums are wanted, got no du");
     DepthwiseBackward<S> p;
     set_shape(p, in, out, window);
     p.g = gradient<S>(op, out, g_dv, g_y, g_scale, g_shift, g_gate, g_act, g_q, g_a, g_b, g_c);

@@ -1,9 +1,9 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <string>
 
+#include "check.h"
 #include "kernels.h"
 
 namespace mbn {
@@ -30,13 +30,12 @@ const AllKernels* choose() {
   for (const AllKernels* set : sets) {
     if (forced != nullptr && *forced != '\0') {
       if (std::string(forced) != set->name) continue;
-      STD_TORCH_CHECK(runs(*set), "MBN_CPU_ISA: this processor does not run ", forced);
+      MBN_CHECK(runs(*set), "MBN_CPU_ISA: this processor does not run ", forced);
       return set;
     }
     if (runs(*set)) return set;
   }
-  STD_TORCH_CHECK(false, "MBN_CPU_ISA: expected avx512, avx2 or baseline, got ", forced);
-  return nullptr;
+  fail("MBN_CPU_ISA: expected avx512, avx2 or baseline, got ", forced ? forced : "nothing");
 }
 
 std::string cpu_instruction_set() { return kernels().name; }

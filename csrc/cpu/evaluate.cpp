@@ -28,7 +28,7 @@ class Parameters {
   explicit Parameters(const std::vector<Tensor>& tensors) : tensors_(tensors) {}
 
   const Tensor& peek() const {
-    STD_TORCH_CHECK(index_ < tensors_.size(), op, ": params: expected more tensors, got ", tensors_.size());
+    MBN_CHECK(index_ < tensors_.size(), op, ": params: expected more tensors, got ", tensors_.size());
     return tensors_[index_];
   }
   const Tensor& next() {
@@ -95,17 +95,17 @@ int64_t out_size(int64_t in, int64_t pads, int64_t kernel, int64_t dilation, int
 
 template <class S>
 void set_depthwise(Evaluate<S>& p, Parameters<S>& params, const StageCode& s, double eps) {
-  STD_TORCH_CHECK(s.kernel_h > 0 && s.kernel_w > 0 && s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 &&
+  MBN_CHECK(s.kernel_h > 0 && s.kernel_w > 0 && s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 &&
                       s.pad_top >= 0 && s.pad_bottom >= 0 && s.pad_left >= 0 && s.pad_right >= 0,
                   op, ": stages: expected a positive window and no negative padding, got others");
   p.window = {s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.pad_top, s.pad_bottom, s.pad_left, s.pad_right};
   p.depthwise = fold(params, s, eps, p.channels * s.kernel_h * s.kernel_w, p.channels);
   p.out_height = out_size(p.height, s.pad_top + s.pad_bottom, s.kernel_h, s.dilation_h, s.stride_h);
   p.out_width = out_size(p.width, s.pad_left + s.pad_right, s.kernel_w, s.dilation_w, s.stride_w);
-  STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0, op, ": x: expected an image that the window fits in, got ", p.height, "x", p.width);
+  MBN_CHECK(p.out_height > 0 && p.out_width > 0, op, ": x: expected an image that the window fits in, got ", p.height, "x", p.width);
   if (s.squeeze_act < 0) return;
   p.squeeze = params.peek().dim() > 0 ? params.peek().size(0) : 0;
-  STD_TORCH_CHECK(p.squeeze > 0, op, ": w1: expected at least one row, got none");
+  MBN_CHECK(p.squeeze > 0, op, ": w1: expected at least one row, got none");
   p.w1 = params.next_as("w1", p.squeeze * p.channels);
   p.b1 = params.next_as("b1", p.squeeze);
   p.w2 = params.next_as("w2", p.channels * p.squeeze);
@@ -117,7 +117,7 @@ void set_depthwise(Evaluate<S>& p, Parameters<S>& params, const StageCode& s, do
 void evaluate(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages, std::vector<double> eps, bool residual,
               const Tensor& out) {
   const size_t count = eps.size();
-  STD_TORCH_CHECK(count > 0 && stages.size() == count * kStageInts, op, ": stages: expected ", kStageInts, " integers a stage, got ",
+  MBN_CHECK(count > 0 && stages.size() == count * kStageInts, op, ": stages: expected ", kStageInts, " integers a stage, got ",
                   stages.size(), " for ", count, " stages");
   std::vector<StageCode> codes(count);
   __builtin_memcpy(codes.data(), stages.data(), stages.size() * sizeof(int64_t));
@@ -149,13 +149,13 @@ void evaluate(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> 
       p.project = fold(given, codes[i], eps[i], p.out_channels * p.channels, p.out_channels);
       ++i;
     }
-    STD_TORCH_CHECK(i == count && given.at_end() && codes[0].conv != kNone && (!p.expand.weight || codes[0].squeeze_act < 0) &&
+    MBN_CHECK(i == count && given.at_end() && codes[0].conv != kNone && (!p.expand.weight || codes[0].squeeze_act < 0) &&
                         (p.project.weight || (!p.squeeze && !p.expand.weight)),
                     op, ": stages: expected [pointwise], depthwise, [pointwise] or one of them, got another chain");
     const Shape result = {in.images, p.out_channels, p.out_height, p.out_width};
     p.out = activations_out<S>(op, "out", out, result);
     p.residual = residual ? activations<S>(op, "residual", x, result) : nullptr;
-    STD_TORCH_CHECK(!residual || p.project.weight, op, ": residual: expected a chain that ends in a pointwise stage, got a depthwise");
+    MBN_CHECK(!residual || p.project.weight, op, ": residual: expected a chain that ends in a pointwise stage, got a depthwise");
     kernels_for<S>().evaluate(p);
   });
 }

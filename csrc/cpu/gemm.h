@@ -173,13 +173,25 @@ MBN_INLINE void multiply(Tile<T, R, NV>& acc, const T* a, const T* b, int64_t st
 // A tile of left * right from zero; `left` points at the tile's first row in panel 0, `right` is one whole panel.
 template <class T, int R, int NV, int RightStep = kPanel<T>>
 MBN_INLINE Tile<T, R, NV> product(const T* left, int64_t panel_stride, const T* right, int64_t depth) {
-  Tile<T, R, NV> acc = {};
-  for (; depth > 0; depth -= kPanel<T>) {
-    multiply<kPanel<T>, 1, RightStep>(acc, left, right, smaller<int64_t>(depth, kPanel<T>));
-    left += panel_stride;
-    right += kPanel<T> * RightStep;
+  // In parts of 256 steps: one chain of a thousand additions loses digits that shorter ones keep.
+  constexpr int64_t kPart = 256;
+  Tile<T, R, NV> total = {};
+  for (bool first = true;; first = false) {
+    Tile<T, R, NV> acc = {};
+    const int64_t rest = depth - kPart;
+    for (; depth > 0 && depth > rest; depth -= kPanel<T>) {
+      multiply<kPanel<T>, 1, RightStep>(acc, left, right, smaller<int64_t>(depth, kPanel<T>));
+      left += panel_stride;
+      right += kPanel<T> * RightStep;
+    }
+    if (first && depth <= 0) return acc;
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MBN_UNROLL
+      for (int v = 0; v < NV; ++v) total.at[r][v] += acc.at[r][v];
+    }
+    if (depth <= 0) return total;
   }
-  return acc;
 }
 
 // ---- Prefetching ----------------------------------------------------------------------------------------------------------------

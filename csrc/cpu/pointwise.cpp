@@ -7,7 +7,7 @@ namespace {
 using namespace binding;
 
 void check_weight(const char* op, const Tensor& weight, int64_t in_channels) {
-  STD_TORCH_CHECK(weight.dim() >= 2 && weight.size(1) == in_channels, op, ": weight: expected size [out, ", in_channels, ", 1, 1], got ",
+  MBN_CHECK(weight.dim() >= 2 && weight.size(1) == in_channels, op, ": weight: expected size [out, ", in_channels, ", 1, 1], got ",
                   text_of(weight.sizes()));
 }
 
@@ -20,7 +20,7 @@ void pointwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const O
     const Shape in = shape_of(op, "u_y", u_y);
     check_weight(op, weight, in.channels);
     const Shape out = {in.images, weight.size(0), in.height, in.width};
-    STD_TORCH_CHECK(mean.has_value() == var.has_value(), op, ": var: expected mean and var together, got one of them");
+    MBN_CHECK(mean.has_value() == var.has_value(), op, ": var: expected mean and var together, got one of them");
     PointwiseForward<S> p;
     p.images = in.images;
     p.pixels = in.pixels();
@@ -48,7 +48,7 @@ void pointwise_backward(const Tensor& g_dv, const OptionalTensor& g_y, const Opt
     const Shape in = shape_of(op, "u_y", u_y);
     check_weight(op, weight, in.channels);
     const Shape out = {in.images, weight.size(0), in.height, in.width};
-    STD_TORCH_CHECK(du.has_value() || !sums.has_value(), op, ": sums: expected du where sums are wanted, got no du");
+    MBN_CHECK(du.has_value() || !sums.has_value(), op, ": sums: expected du where sums are wanted, got no du");
     PointwiseBackward<S> p;
     p.images = in.images;
     p.pixels = in.pixels();
