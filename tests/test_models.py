@@ -155,8 +155,9 @@ def test_training(name):
         return [max_error(found["loss"], oracle["loss"]) / magnitude(oracle["loss"]), max(running), relative.item()]
 
     eps = torch.finfo(torch.float32).eps
-    # Among a million values one may round to the other side of a kink, in stock as here: its gradient is then not near.
-    slack = [4 * eps, eps, 0.01]
+    # Stock's loss, one number, may be right by luck; and among a million values a few may round to the other side of a
+    # kink than in float64, in stock as here, which one change of gradient shows.
+    slack = [16 * eps, eps, 0.03]
     got, stock = (errors(train_step(model, x, target)) for model in (fused, plain))
     for error, stock_error, allowed in zip(got, stock, slack, strict=True):
         assert error <= 2 * stock_error + allowed
