@@ -177,7 +177,7 @@ static void pointwise_backward(const PointwiseBackward<S>& p) {
   if (p.dweight) {
     const int64_t by_rows = larger<int64_t>(2, p.images * p.pixels / (2 * kBlockRows));
     const int64_t by_memory = larger<int64_t>(8, (int64_t{4} << 20) / larger<int64_t>(1, size));
-    chunks = smaller(chunks, smaller(by_rows, by_memory));
+    chunks = even_count(smaller(chunks, smaller(by_rows, by_memory)), blocks.count);
   }
   Scratch scratch;
   const T* weight = p.du ? pack_weight<false, S>(scratch, p.weight, out, in, columns) : nullptr;

@@ -17,6 +17,8 @@ from .reference import empty_channels_last
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+#: Activations of at least so many bytes are taken from memory that the library keeps; smaller ones are malloc's.
+LEAST_BUFFER = 1 << 20
 _ops = torch.ops.mbn
 
 
@@ -35,6 +37,19 @@ def load() -> str | None:
 def instruction_set() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline" (``MBN_CPU_ISA`` forces one)."""
     return torch.ops.mbn.cpu_instruction_set()
+
+
+def empty_cache() -> None:
+    """Gives the memory that the CPU kernels keep for their next activations back to the system."""
+    _ops.cpu_empty_cache()
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised channels-last activation; csrc/cpu/buffers.cpp says why large ones are not torch.empty's."""
+    n, c, h, w = shape
+    if n * c * h * w * like.itemsize < LEAST_BUFFER:
+        return empty_channels_last(like, (n, c, h, w))
+    return _ops.cpu_buffer(n, c, h, w, like.dtype)
 
 
 def _value(u: Value) -> tuple:
@@ -93,7 +108,7 @@ class CpuKernels:
 
     @staticmethod
     def _forward_outputs(like: Tensor, shape: tuple[int, ...], statistics: bool):
-        y = empty_channels_last(like, shape)
+        y = _empty(like, shape)
         if not statistics:
             return y, None, None
         return y, _vectors(like, shape[1]), _vectors(like, shape[1])
@@ -106,7 +121,7 @@ class CpuKernels:
         for stage, weight in zip(chain.stages, call.weights, strict=True):
             shape = stage.output_shape(shape, flat[weight].shape)
         x = x.contiguous(memory_format=torch.channels_last)
-        out = empty_channels_last(x, shape)
+        out = _empty(x, shape)
         params = [p if p.is_contiguous() else p.contiguous() for p in flat]
         _ops.evaluate(x, params, call.codes, call.eps, residual and call.adds_residual, out)
         return out.add_(x) if residual and not call.adds_residual else out
@@ -141,12 +156,12 @@ class CpuKernels:
         return squeezed, hidden, logits, w1, w2
 
     def materialize(self, u: Value, residual: Tensor | None) -> Tensor:
-        out = empty_channels_last(u.y, tuple(u.y.shape))
+        out = _empty(u.y, u.y.shape)
         _ops.materialize(*_value(u), residual, out)
         return out
 
     def materialize_gradient(self, g: Gradient, residual: Tensor | None) -> Tensor:
-        out = empty_channels_last(g.dv, tuple(g.dv.shape))
+        out = _empty(g.dv, g.dv.shape)
         _ops.materialize_gradient(*_gradient(g), residual, out)
         return out
 
@@ -176,5 +191,5 @@ class CpuKernels:
         return out
 
     def _backward_outputs(self, u: Value, weight: Tensor, want_du: bool, want_sums: bool, want_dweight: bool):
-        du = empty_channels_last(u.y, tuple(u.y.shape)) if want_du else None
+        du = _empty(u.y, u.y.shape) if want_du else None
         return du, self._sums(u) if want_sums else None, _vectors(weight, *weight.shape) if want_dweight else None
