@@ -2,6 +2,7 @@
 
 from . import functional
 from .backends import available_backends, use_backend
+from .backends.cpu import empty_cache
 from .modules import (
     FusedDepthwiseConvBNAct,
     FusedDepthwiseSeparable,
@@ -19,6 +20,7 @@ __all__ = [
     "FusedPointwiseConvBNAct",
     "FusedSqueezeExcite",
     "available_backends",
+    "empty_cache",
     "functional",
     "use_backend",
 ]

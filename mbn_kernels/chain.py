@@ -171,7 +171,9 @@ class Gradient(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The per-channel numbers of a normalised stage, in the accumulation dtype."""
+    """The per-channel numbers of a normalised stage, in the accumulation dtype: the rows of what ``norm_forward``
+    returns.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -205,6 +207,14 @@ class Kernels(Protocol):
 
     def gate_backward(self, dgate: Tensor, pooled: Tensor, p: dict, acts: tuple[str, str]):
         """(gradient of pooled, {"w1": …, "b1": …, "w2": …, "b2": …})."""
+
+    def norm_forward(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """The rows of :class:`Norm`: ``[4, C]``."""
+
+    def norm_backward(self, sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
+        """(gradient of weight, gradient of bias, b, c) from the stage's sums; with running statistics ``count`` and so
+        b and c are None.
+        """
 
     def materialize(self, u: Value, residual: Tensor | None) -> Tensor: ...
     def materialize_gradient(self, g: Gradient, residual: Tensor | None) -> Tensor: ...
@@ -243,10 +253,12 @@ def forward(
         if batch:
             count = y.numel() // max(y.shape[1], 1)
             statistics += [mean, var * (count / (count - 1) if count > 1 else float("nan"))]
-        norm = _norm(stage, p, mean, var, accumulate_dtype(x.dtype))
-        u = Value(y, norm and norm.scale, norm and norm.shift, stage.act)
-        if norm and save:
-            saved.append(torch.stack(norm))
+        u = Value(y, act=stage.act)
+        if stage.norm != "none":
+            rows = _norm(kernels, stage, p, mean, var, accumulate_dtype(x.dtype))
+            u = Value(y, *rows[:2].unbind(0), stage.act)
+            if save:
+                saved.append(rows)
         if stage.gate:
             pooled = kernels.pool(u)
             u = u._replace(gate=kernels.gate_forward(pooled, p, stage.gate))
@@ -255,16 +267,11 @@ def forward(
     return kernels.materialize(u, x if residual else None), statistics, saved
 
 
-def _norm(stage: Stage, p: dict, mean: Tensor | None, var: Tensor | None, dtype: torch.dtype) -> Norm | None:
-    if stage.norm == "none":
-        return None
+def _norm(kernels: Kernels, stage: Stage, p: dict, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
     if stage.norm == "running":
         mean, var = p["running_mean"].to(dtype), p["running_var"].to(dtype)
-    rstd = torch.rsqrt(var + stage.eps)
-    if not stage.affine:
-        return Norm(rstd, -mean * rstd, mean, rstd)
-    scale = p["bn_weight"].to(dtype) * rstd
-    return Norm(scale, p["bn_bias"].to(dtype) - mean * scale, mean, rstd)
+    weight, bias = (p["bn_weight"].to(dtype), p["bn_bias"].to(dtype)) if stage.affine else (None, None)
+    return kernels.norm_forward(mean, var, weight, bias, stage.eps)
 
 
 class _Point(NamedTuple):
@@ -272,6 +279,7 @@ class _Point(NamedTuple):
 
     value: Value
     norm: Norm | None = None
+    rows: Tensor | None = None  # of the norm, as one tensor
     pooled: Tensor | None = None
 
 
@@ -279,10 +287,11 @@ def _points(x: Tensor, stages: Sequence[Stage], saved: Sequence[Tensor]) -> list
     items, points = iter(saved), [_Point(Value(x))]
     for stage in stages:
         y = x if stage.conv == "none" else next(items)
-        norm = None if stage.norm == "none" else Norm(*next(items).unbind(0))
+        rows = None if stage.norm == "none" else next(items)
+        norm = None if rows is None else Norm(*rows.unbind(0))
         pooled, gate = (next(items), next(items)) if stage.gate else (None, None)
         value = Value(y, norm and norm.scale, norm and norm.shift, stage.act, gate)
-        points.append(_Point(value, norm, pooled))
+        points.append(_Point(value, norm, rows, pooled))
     return points
 
 
@@ -331,22 +340,14 @@ def _through_norm(
     """From the gradient of a stage's value and its sums: the gradient of its raw output, and those of its norm and
     gate.
     """
-    norm, value, found, q = point.norm, point.value, {}, None
+    value, found, q = point.value, {}, None
     if stage.gate:
-        t1, t2, t3, t4, t5 = sums.unbind(0)
-        dpooled, found = kernels.gate_backward(t1, point.pooled, p, stage.gate)
+        dpooled, found = kernels.gate_backward(sums[0], point.pooled, p, stage.gate)
         q = dpooled / (value.y.shape[2] * value.y.shape[3])
-        dbeta, dgamma = (value.gate * t2 + q * t3).sum(0), (value.gate * t4 + q * t5).sum(0)
-    else:
-        dbeta, dgamma = sums.unbind(0)
-    if norm is None:
+    if point.norm is None:
         return Gradient(dv, value, q), found
+    count = max(value.y.numel() // max(value.y.shape[1], 1), 1) if stage.norm == "batch" else None
+    dweight, dbias, b, c = kernels.norm_backward(sums, value.gate, q, point.rows, count)
     if stage.affine:
-        # Copies: an operator's outputs may not share memory, and without a gate these are two halves of `sums`.
-        found["bn_weight"], found["bn_bias"] = dgamma.clone(), dbeta.clone()
-    a, b, c = norm.scale, None, None
-    if stage.norm == "batch":
-        count = max(value.y.numel() // max(value.y.shape[1], 1), 1)
-        b = -a * norm.rstd * (dgamma / count)
-        c = -a * (dbeta / count) - b * norm.mean
-    return Gradient(dv, value, q, a, b, c), found
+        found["bn_weight"], found["bn_bias"] = dweight, dbias
+    return Gradient(dv, value, q, point.norm.scale, b, c), found

@@ -30,15 +30,32 @@ class Running(NamedTuple):
     momentum: float | None = 0.1  # None: the cumulative mean over `count` batches
     count: Tensor | None = None
 
-    def update(self, mean: Tensor, var: Tensor, values: int) -> None:
-        """Takes in a batch of that many values; one without values counts, but changes no statistics."""
-        momentum = self.momentum
-        if self.count is not None:
-            self.count.add_(1)
-            momentum = 1.0 / float(self.count) if momentum is None else momentum
-        for running, batch in ((self.mean, mean), (self.var, var)):
-            if running is not None and values:
-                running.copy_((running.to(batch.dtype) * (1 - momentum)).add_(batch, alpha=momentum))
+
+@torch.no_grad()
+def update_running(running: Sequence[Running], statistics: Sequence[Tensor], values: int) -> None:
+    """Takes the [mean, unbiased var] of each of ``running`` in, from a batch of that many values; one without values
+    counts, but changes no statistics.
+    """
+    counts = [r.count for r in running if r.count is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    if not values:
+        return
+    groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by momentum: as few calls as there are momenta
+    for r, mean, var in zip(running, statistics[::2], statistics[1::2], strict=True):
+        if r.mean is None:
+            continue
+        momentum = 1.0 / float(r.count) if r.momentum is None else r.momentum
+        into, batch = groups.setdefault(momentum, ([], []))
+        into += r.mean, r.var
+        batch += mean, var
+    for momentum, (into, batch) in groups.items():
+        if all(a.dtype == b.dtype for a, b in zip(into, batch, strict=True)):
+            torch._foreach_mul_(into, 1 - momentum)
+            torch._foreach_add_(into, batch, alpha=momentum)
+        else:  # stored in fewer digits: rounded once, at the end
+            for a, b in zip(into, batch, strict=True):
+                a.copy_((a.to(b.dtype) * (1 - momentum)).add_(b, alpha=momentum))
 
 
 def run_chain(
@@ -57,11 +74,27 @@ def run_chain(
         running: for each stage that uses batch statistics, the running ones to update in place.
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
-    out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backends.choose(x.device))
-    with torch.no_grad():
-        for i, r in enumerate(running):
-            r.update(statistics[2 * i], statistics[2 * i + 1], x.numel())
+    backend = backends.choose(x.device)
+    if save and not _needs_operator(x):
+        statistics: list[Tensor] = []
+        out = ops.ChainFunction.apply(spec, residual, backend, statistics, x, *params)
+    else:
+        out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
+    if running:
+        update_running(running, statistics, x.numel())
     return out
+
+
+def _needs_operator(x: Tensor) -> bool:
+    """Whether the operator's own autograd is called for: the kind that graphs hold, autocast wraps and torch.func
+    transforms.
+    """
+    device = x.device.type
+    return (
+        torch.compiler.is_compiling()
+        or (device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device))
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _conv_bn_act(

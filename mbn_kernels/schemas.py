@@ -30,6 +30,9 @@ KERNEL_SCHEMAS = {
     "pointwise_backward": f"{_GRADIENT}, {_VALUE}, {_BACKWARD}",
     "depthwise_forward": f"{_VALUE}, Tensor weight, {_WINDOW}, Tensor(a!) y, {_STATISTICS}",
     "depthwise_backward": f"{_GRADIENT}, {_VALUE}, {_WINDOW}, {_BACKWARD}",
+    "norm_forward": "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor(a!) norm",
+    "norm_backward": "Tensor sums, Tensor? gate, Tensor? q, Tensor norm, int count, Tensor(a!) dweight, "
+    "Tensor(b!) dbias, Tensor(c!)? b, Tensor(d!)? c",
     "evaluate": "Tensor x, Tensor[] params, int[] stages, float[] eps, bool residual, Tensor(a!) out",
     "pool": f"{_VALUE}, Tensor(a!) pooled",
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",

@@ -37,7 +37,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapper
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+    owners = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"), (mbn_kernels.backends.cpu, "buffer"))
+    for owner, name in owners:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 

@@ -32,7 +32,7 @@ struct Plan {
   int64_t strip_columns, strips;  // in output columns
   int64_t chunk_rows, chunks;     // in output rows
   int64_t band_chunks, bands;
-  int64_t group_images, groups;
+  int64_t groups;
   bool serial;
 
   int64_t tasks() const { return groups * blocks * strips * bands; }
@@ -43,14 +43,16 @@ struct Task {
   int64_t strip, band, partial;  // partial: the number of this task among those that share its channels
 };
 
+// Part i of n of [0, count): parts differ by one at most, so that no thread is left with the largest.
+MBN_INLINE Range share(int64_t count, int64_t i, int64_t n) { return {count * i / n, count * (i + 1) / n}; }
+
 MBN_INLINE Task task_of(const Plan& p, int64_t index) {
   const int64_t band = index % p.bands;
   index /= p.bands;
   const int64_t strip = index % p.strips;
   index /= p.strips;
   const int64_t block = index % p.blocks, group = index / p.blocks;
-  return {clip({group * p.group_images, (group + 1) * p.group_images}, p.images),
-          clip({block * p.block_vectors, (block + 1) * p.block_vectors}, p.vectors), strip, band,
+  return {share(p.images, group, p.groups), share(p.vectors, block, p.blocks), strip, band,
           (group * p.strips + strip) * p.bands + band};
 }
 
@@ -106,8 +108,6 @@ MBN_INLINE Plan plan_of(const P& p, int lanes, bool backward) {
   const int64_t wanted = smaller(larger(work / kWorthATask, int64_t{1}), kTasks);
   const int64_t cut = larger(plan.blocks * plan.strips, int64_t{1});
   plan.groups = smaller(p.images, ceil_div(wanted, cut));
-  plan.group_images = ceil_div(p.images, larger(plan.groups, int64_t{1}));
-  plan.groups = p.images ? ceil_div(p.images, plan.group_images) : 0;
   plan.bands = smaller(plan.chunks, ceil_div(wanted, cut * larger(plan.groups, int64_t{1})));
   plan.band_chunks = ceil_div(plan.chunks, plan.bands);
   plan.bands = ceil_div(plan.chunks, plan.band_chunks);

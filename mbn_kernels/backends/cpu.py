@@ -19,7 +19,18 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 #: Activations of at least so many bytes are taken from memory that the library keeps; smaller ones are malloc's.
 LEAST_BUFFER = 1 << 20
-_ops = torch.ops.mbn
+
+
+class _Operators:
+    """``torch.ops.mbn.<name>``, each found once: choosing the overload anew costs as much as a small kernel."""
+
+    def __getattr__(self, name: str):
+        operator = getattr(torch.ops.mbn, name).default
+        setattr(self, name, operator)
+        return operator
+
+
+_ops = _Operators()
 
 
 def load() -> str | None:
@@ -36,7 +47,7 @@ def load() -> str | None:
 
 def instruction_set() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline" (``MBN_CPU_ISA`` forces one)."""
-    return torch.ops.mbn.cpu_instruction_set()
+    return _ops.cpu_instruction_set()
 
 
 def empty_cache() -> None:
@@ -44,12 +55,16 @@ def empty_cache() -> None:
     _ops.cpu_empty_cache()
 
 
+def buffer(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    """An uninitialised channels-last activation in memory that earlier ones have left (csrc/cpu/buffers.cpp)."""
+    return _ops.cpu_buffer(n, c, h, w, like.dtype)
+
+
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised channels-last activation; csrc/cpu/buffers.cpp says why large ones are not torch.empty's."""
     n, c, h, w = shape
     if n * c * h * w * like.itemsize < LEAST_BUFFER:
         return empty_channels_last(like, (n, c, h, w))
-    return _ops.cpu_buffer(n, c, h, w, like.dtype)
+    return buffer(like, n, c, h, w)
 
 
 def _value(u: Value) -> tuple:
@@ -154,6 +169,18 @@ class CpuKernels:
         hidden = Value(self.pointwise_forward(squeezed, w1, False)[0], torch.ones_like(b1), b1, acts[0])
         logits = Value(self.pointwise_forward(hidden, w2, False)[0], torch.ones_like(b2), b2, acts[1])
         return squeezed, hidden, logits, w1, w2
+
+    def norm_forward(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        norm = _vectors(mean, 4, mean.shape[0])
+        _ops.norm_forward(mean, var, weight, bias, eps, norm)
+        return norm
+
+    def norm_backward(self, sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
+        channels = norm.shape[1]
+        dweight, dbias = _vectors(norm, channels), _vectors(norm, channels)
+        b, c = (None, None) if count is None else _vectors(norm, 2, channels).unbind(0)
+        _ops.norm_backward(sums, gate, q, norm, count or 0, dweight, dbias, b, c)
+        return dweight, dbias, b, c
 
     def materialize(self, u: Value, residual: Tensor | None) -> Tensor:
         out = _empty(u.y, u.y.shape)

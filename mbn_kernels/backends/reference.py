@@ -74,11 +74,34 @@ def _gate_parameters(pooled: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, ...]
     return w1.flatten(1), b1, w2.flatten(1), b2
 
 
+def norm_forward(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd if weight is None else weight * rstd
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return torch.stack([scale, shift, mean, rstd])
+
+
+def norm_backward(sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
+    if gate is None:
+        # Copies: an operator's outputs may not share memory, and these are two halves of `sums`.
+        dbias, dweight = (half.clone() for half in sums.unbind(0))
+    else:
+        _, t2, t3, t4, t5 = sums.unbind(0)
+        dbias, dweight = (gate * t2 + q * t3).sum(0), (gate * t4 + q * t5).sum(0)
+    if count is None:
+        return dweight, dbias, None, None
+    scale, _, mean, rstd = norm.unbind(0)
+    b = -scale * rstd * (dweight / count)
+    return dweight, dbias, b, -scale * (dbias / count) - b * mean
+
+
 class ReferenceKernels:
     """:class:`mbn_kernels.chain.Kernels` in plain PyTorch."""
 
     gate_forward = staticmethod(gate_forward)
     gate_backward = staticmethod(gate_backward)
+    norm_forward = staticmethod(norm_forward)
+    norm_backward = staticmethod(norm_backward)
 
     def evaluates(self, chain: Chain) -> bool:
         return False
