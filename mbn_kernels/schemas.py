@@ -33,7 +33,8 @@ KERNEL_SCHEMAS = {
     "norm_forward": "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor(a!) norm",
     "norm_backward": "Tensor sums, Tensor? gate, Tensor? q, Tensor norm, int count, Tensor(a!) dweight, "
     "Tensor(b!) dbias, Tensor(c!)? b, Tensor(d!)? c",
-    "evaluate": "Tensor x, Tensor[] params, int[] stages, float[] eps, bool residual, Tensor(a!) out",
+    "evaluate": "Tensor x, Tensor[] params, int[] stages, float[] eps, bool residual, int version, "
+    "Tensor(a!) packed, Tensor(b!) out",
     "pool": f"{_VALUE}, Tensor(a!) pooled",
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
     "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",
@@ -44,6 +45,7 @@ library = torch.library.Library("mbn", "DEF")
 for _name, _arguments in KERNEL_SCHEMAS.items():
     library.define(f"{_name}({_arguments}) -> ()")
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
+library.define("evaluate_size(Tensor x, Tensor[] params, int[] stages) -> int")
 library.define("cpu_instruction_set() -> str")
 library.define("cpu_buffer(int n, int c, int h, int w, ScalarType dtype) -> Tensor")
 library.define("cpu_empty_cache() -> ()")

@@ -1,4 +1,4 @@
-"""Large activations of the CPU kernels lie in memory that is used again: never shared, bounded, and given back on request."""
+"""Large activations of the CPU kernels lie in memory that is used again: never shared, bounded, and given back."""
 
 from __future__ import annotations
 

@@ -19,8 +19,6 @@ struct EvaluatePlan {
   using T = Accumulate<S>;
   const Evaluate<S>& p;
   int64_t panels, bands, out_pixels, row_blocks;
-  const T* expand;   // packed weights
-  const T* project;
   int64_t ring_rows, ring_columns;
 };
 
@@ -36,14 +34,31 @@ static void pack_rows(const S* source, int64_t channels, int64_t all_rows, int64
   }
 }
 
-// Weights of `count` channels [count][taps] as [taps][lane].
+// A pointwise weight [out][in] as the right operand of a product.
 template <class S>
-static void pack_window(const S* weight, int count, int64_t taps, Accumulate<S>* to) {
+int64_t packed_pointwise_size(int64_t out, int64_t in) {
+  return panel_count<Accumulate<S>>(out) * kPanel<Accumulate<S>> * in;
+}
+template <class S>
+void pack_pointwise(const S* weight, int64_t out, int64_t in, Accumulate<S>* to) {
+  pack_panels_to<true>(to, weight, out, in, panel_count<Accumulate<S>>(out), PanelsOf<Accumulate<S>>{out});
+}
+
+// A depthwise weight [channels][taps] as [vector of channels][taps][lane].
+template <class S>
+int64_t packed_depthwise_size(int64_t channels, int64_t taps) {
   constexpr int L = kLanes<Accumulate<S>>;
-  for (int64_t q = 0; q < taps; ++q) {
-    S lanes[L] = {};
-    for (int i = 0; i < count; ++i) lanes[i] = weight[i * taps + q];
-    store(to + q * L, load(lanes));
+  return ceil_div(channels, L) * L * taps;
+}
+template <class S>
+void pack_depthwise(const S* weight, int64_t channels, int64_t taps, Accumulate<S>* to) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  for (int64_t c = 0; c < channels; c += L) {
+    for (int64_t q = 0; q < taps; ++q, to += L) {
+      S lanes[L] = {};
+      for (int64_t i = 0; i < smaller<int64_t>(L, channels - c); ++i) lanes[i] = weight[(c + i) * taps + q];
+      store(to, load(lanes));
+    }
   }
 }
 
@@ -85,7 +100,7 @@ static void expand_row(const EvaluatePlan<S>& plan, const Accumulate<S>* x_panel
     }
     return;
   }
-  const T* weight = plan.expand + panel * p.in_channels * kPanel<T>;
+  const T* weight = p.expand.weight + panel * p.in_channels * kPanel<T>;
   const int64_t panel_stride = p.height * p.width * kPanel<T>;
   T tile[kTileRows * kPanel<T>];
   for_tiles(width, [&](int64_t first, int rows) {
@@ -114,17 +129,14 @@ static void depthwise_unit(const EvaluatePlan<S>& plan, const Accumulate<S>* x_p
   const Window& w = p.window;
   const int64_t c = panel * kPanel<T>, taps = w.kernel_h * w.kernel_w;
   const int vectors = panel_vectors<T>(p.channels, c);
+  const T* weights = p.depthwise.weight + c * taps;
   const auto convolve = with_width(w, [](auto width) { return &convolve_row<T, width.kernel, width.stride>; });
 
   Scratch scratch;
   const int64_t row_stride = ring_row_stride<T>(plan.ring_columns), vector_stride = plan.ring_rows * row_stride;
   T* ring = take<T>(scratch, kPanelVectors * vector_stride);
-  T* weights = take<T>(scratch, kPanelVectors * taps * L);
   T* tile = take<T>(scratch, p.out_width * L);
   Tap* row_taps = take<Tap>(scratch, w.kernel_h);
-  for (int v = 0; v < vectors; ++v) {
-    pack_window<S>(p.depthwise.weight + (c + v * L) * taps, int(smaller<int64_t>(L, p.channels - c - v * L)), taps, weights + v * taps * L);
-  }
   Vec<T> total[kPanelVectors] = {};
   int64_t next = larger<int64_t>(0, begin * w.stride_h - w.pad_top);
   for (int64_t out_row = begin; out_row < end; ++out_row) {
@@ -182,7 +194,7 @@ static void project_unit(const EvaluatePlan<S>& plan, int64_t n, int64_t begin, 
   }
   T tile[kTileRows * kPanel<T>];
   for (int64_t c = 0; c < p.out_channels; c += kPanel<T>) {
-    const T* weight = plan.project + c / kPanel<T> * depth * kPanel<T>;
+    const T* weight = p.project.weight + c / kPanel<T> * depth * kPanel<T>;
     const int vectors = panel_vectors<T>(p.out_channels, c);
     for_tiles(end - begin, [&](int64_t first, int rows) {
       product_into(tile, rows, vectors, mid + (begin + first) * kPanel<T>, panel_stride, weight, depth);
@@ -229,10 +241,7 @@ void evaluate(const Evaluate<S>& p) {
   using T = Accumulate<S>;
   const int64_t out_pixels = p.out_height * p.out_width;
   const bool spatial = p.depthwise.weight != nullptr, projects = p.project.weight != nullptr, gated = p.squeeze > 0;
-  Scratch scratch;
-  EvaluatePlan<S> plan = {p, panel_count<T>(p.channels), 1, out_pixels, ceil_div(out_pixels, kProjectRows), nullptr, nullptr, 0, 0};
-  if (p.expand.weight) plan.expand = pack_weight<true>(scratch, p.expand.weight, p.channels, p.in_channels);
-  if (projects) plan.project = pack_weight<true>(scratch, p.project.weight, p.out_channels, p.channels);
+  EvaluatePlan<S> plan = {p, panel_count<T>(p.channels), 1, out_pixels, ceil_div(out_pixels, kProjectRows), 0, 0};
   if (spatial) {
     const Window& w = p.window;
     plan.bands = larger<int64_t>(1, smaller(ceil_div(8, plan.panels), p.out_height / 8));  // eight units an image, bands of at least eight rows

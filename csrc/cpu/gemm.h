@@ -337,16 +337,29 @@ static void pack_panel(Accumulate<S>* panel, int64_t step, const S* weight, int6
   }
 }
 
-// weight (or its transpose) as the right operand of a product, in the caller's scratch memory: panels(j) is (first column, vectors, step) of panel j.
+struct PackedPanel {
+  int64_t begin, step;
+  int vectors;
+};
+// Panels of kPanel columns, and WideColumns, one by one.
+template <class T>
+struct PanelsOf {
+  int64_t columns;
+  PackedPanel operator()(int64_t j) const { return {j * kPanel<T>, kPanel<T>, panel_vectors<T>(columns, j * kPanel<T>)}; }
+};
+template <class T>
+struct WidePanelsOf {
+  const WideColumns<T>& columns;
+  PackedPanel operator()(int64_t j) const { return {columns.begin(j), columns.step(j), columns.vectors(j)}; }
+};
+
+// weight (or its transpose) as the right operand of a product.
 template <bool Transposed, class S, class Panels>
-MBN_INLINE const Accumulate<S>* pack_panels(Scratch& scratch, const S* weight, int64_t out, int64_t in, int64_t count, int64_t size,
-                                            const Panels& panels) {
-  using T = Accumulate<S>;
+MBN_INLINE void pack_panels_to(Accumulate<S>* packed, const S* weight, int64_t out, int64_t in, int64_t count, const Panels& panels) {
   const int64_t depth = Transposed ? in : out;
-  T* packed = take<T>(scratch, size * depth);
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      const auto panel = panels(j);
+      const PackedPanel panel = panels(j);
       if constexpr (Transposed) {
         pack_transposed_panel<S>(packed + panel.begin * depth, panel.step, weight, out, in, panel.begin, panel.vectors);
       } else {
@@ -355,32 +368,20 @@ MBN_INLINE const Accumulate<S>* pack_panels(Scratch& scratch, const S* weight, i
     }
   };
   // Waking the other threads costs more than packing a small weight.
-  if (size * depth < 16384) {
+  if (out * in < 16384) {
     body(0, count);
   } else {
     parallel_tasks(count, body);
   }
-  return packed;
 }
-struct PackedPanel {
-  int64_t begin, step;
-  int vectors;
-};
-// In panels of kPanel columns.
-template <bool Transposed, class S>
-MBN_INLINE const Accumulate<S>* pack_weight(Scratch& scratch, const S* weight, int64_t out, int64_t in) {
-  using T = Accumulate<S>;
-  const int64_t columns = Transposed ? out : in, count = panel_count<T>(columns);
-  return pack_panels<Transposed>(scratch, weight, out, in, count, count * kPanel<T>, [&](int64_t j) {
-    return PackedPanel{j * kPanel<T>, kPanel<T>, panel_vectors<T>(columns, j * kPanel<T>)};
-  });
-}
+// The same in the caller's scratch memory.
 template <bool Transposed, class S>
 MBN_INLINE const Accumulate<S>* pack_weight(Scratch& scratch, const S* weight, int64_t out, int64_t in,
                                             const WideColumns<Accumulate<S>>& columns) {
-  return pack_panels<Transposed>(scratch, weight, out, in, columns.count, columns.size(), [&](int64_t j) {
-    return PackedPanel{columns.begin(j), columns.step(j), columns.vectors(j)};
-  });
+  using T = Accumulate<S>;
+  T* packed = take<T>(scratch, columns.size() * (Transposed ? in : out));
+  pack_panels_to<Transposed>(packed, weight, out, in, columns.count, WidePanelsOf<T>{columns});
+  return packed;
 }
 
 }  // namespace MBN_ISA

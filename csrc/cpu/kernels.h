@@ -12,6 +12,11 @@ struct Kernels {
   void (*depthwise_forward)(const DepthwiseForward<S>&);
   void (*depthwise_backward)(const DepthwiseBackward<S>&);
   void (*evaluate)(const Evaluate<S>&);
+  // Weights as evaluate reads them: how many numbers they take, and their packing. pointwise [out][in], depthwise [channels][taps].
+  int64_t (*packed_pointwise_size)(int64_t out, int64_t in);
+  int64_t (*packed_depthwise_size)(int64_t channels, int64_t taps);
+  void (*pack_pointwise)(const S* weight, int64_t out, int64_t in, Accumulate<S>* to);
+  void (*pack_depthwise)(const S* weight, int64_t channels, int64_t taps, Accumulate<S>* to);
   void (*pool)(const Pool<S>&);
   void (*materialize)(const Materialize<S>&);
   void (*materialize_gradient)(const MaterializeGradient<S>&);

@@ -115,10 +115,11 @@ struct DepthwiseBackward {
   T* dweight;  // [C, kernel_h, kernel_w]
 };
 
-// A stage in evaluation: act(scale[c] * convolution + shift[c]), with scale and shift folded from the running statistics.
+// A stage in evaluation: act(scale[c] * convolution + shift[c]), with scale and shift folded from the running statistics. The weight is packed: a
+// pointwise one by pack_pointwise, a depthwise one by pack_depthwise.
 template <class S>
 struct FoldedStage {
-  const S* weight = nullptr;  // null: there is no such stage
+  const Accumulate<S>* weight = nullptr;  // null: there is no such stage
   const Accumulate<S>* scale = nullptr;
   const Accumulate<S>* shift = nullptr;
   Act act = Act::identity;

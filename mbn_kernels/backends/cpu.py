@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +52,8 @@ def instruction_set() -> str:
 
 
 def empty_cache() -> None:
-    """Gives the memory that the CPU kernels keep for their next activations back to the system."""
+    """Gives memory back that the CPU kernels keep for later calls: that of former activations, and packed weights."""
+    _packed_chains.clear()
     _ops.cpu_empty_cache()
 
 
@@ -103,6 +105,33 @@ def _evaluation(chain: Chain) -> _Evaluation | None:
     return _Evaluation(codes, [stage.eps for stage in stages], weights, kinds[-1] == "pointwise")
 
 
+class _Packed(NamedTuple):
+    """A chain's parameters as ``evaluate`` reads them, kept for as long as its first weight lives."""
+
+    weight: weakref.ref[Tensor]
+    shapes: list[torch.Size]
+    numbers: Tensor
+
+
+_packed_chains: dict[tuple[int, Chain, torch.dtype], _Packed] = {}
+
+
+def _packed(x: Tensor, chain: Chain, flat: Sequence[Tensor], params: Sequence[Tensor], codes: list[int]):
+    """(the packed parameters, their version): ``evaluate`` packs them anew where the version, a place in memory or what
+    it samples of the contents is no longer what it was. Inference tensors count no versions: -1, always anew.
+    """
+    key, shapes = (id(flat[0]), chain, x.dtype), [p.shape for p in flat]
+    found = _packed_chains.get(key)
+    if found is None or found.weight() is not flat[0] or found.shapes != shapes:
+        size = _ops.evaluate_size(x, params, codes)
+        numbers = torch.zeros(size, dtype=accumulate_dtype(x.dtype))
+        found = _Packed(weakref.ref(flat[0], lambda _: _packed_chains.pop(key, None)), shapes, numbers)
+        _packed_chains[key] = found
+    if any(p.is_inference() for p in flat):
+        return found.numbers, -1
+    return found.numbers, sum(p._version for p in flat)
+
+
 def _vectors(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=accumulate_dtype(like.dtype), device=like.device)
 
@@ -138,7 +167,9 @@ class CpuKernels:
         x = x.contiguous(memory_format=torch.channels_last)
         out = _empty(x, shape)
         params = [p if p.is_contiguous() else p.contiguous() for p in flat]
-        _ops.evaluate(x, params, call.codes, call.eps, residual and call.adds_residual, out)
+        residual_in_kernel = residual and call.adds_residual
+        packed, version = _packed(x, chain, flat, params, call.codes)
+        _ops.evaluate(x, params, call.codes, call.eps, residual_in_kernel, version, packed, out)
         return out.add_(x) if residual and not call.adds_residual else out
 
     def pool(self, u: Value) -> Tensor:
