@@ -45,7 +45,7 @@ library = torch.library.Library("mbn", "DEF")
 for _name, _arguments in KERNEL_SCHEMAS.items():
     library.define(f"{_name}({_arguments}) -> ()")
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
-library.define("evaluate_size(Tensor x, Tensor[] params, int[] stages) -> int")
+library.define("evaluate_size(Tensor[] params, int[] stages) -> int")
 library.define("cpu_instruction_set() -> str")
 library.define("cpu_buffer(int n, int c, int h, int w, ScalarType dtype) -> Tensor")
 library.define("cpu_empty_cache() -> ()")

@@ -253,9 +253,11 @@ Evaluate<S> block_of(const std::vector<Stage<S>>& stages, const Shape& in) {
   return p;
 }
 
-int64_t evaluate_size(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages) {
+// How many numbers the packed tensor holds.
+int64_t evaluate_size(std::vector<Tensor> params, std::vector<int64_t> stages) {
+  MBN_CHECK(!params.empty(), op, ": params: expected a weight, got no tensor");
   int64_t size = 0;
-  by_dtype(op, "x", x, [&](auto tag) {
+  by_dtype(op, "weight", params[0], [&](auto tag) {
     using S = typename decltype(tag)::type;
     Places<Accumulate<S>> places = {nullptr};
     stages_of<S>(codes_of(stages), params, places);

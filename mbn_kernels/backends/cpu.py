@@ -123,13 +123,14 @@ def _packed(x: Tensor, chain: Chain, flat: Sequence[Tensor], params: Sequence[Te
     key, shapes = (id(flat[0]), chain, x.dtype), [p.shape for p in flat]
     found = _packed_chains.get(key)
     if found is None or found.weight() is not flat[0] or found.shapes != shapes:
-        size = _ops.evaluate_size(x, params, codes)
+        size = _ops.evaluate_size(params, codes)
         numbers = torch.zeros(size, dtype=accumulate_dtype(x.dtype))
         found = _Packed(weakref.ref(flat[0], lambda _: _packed_chains.pop(key, None)), shapes, numbers)
         _packed_chains[key] = found
-    if any(p.is_inference() for p in flat):
+    try:
+        return found.numbers, sum([p._version for p in flat])
+    except RuntimeError:
         return found.numbers, -1
-    return found.numbers, sum(p._version for p in flat)
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..checks import fail, integers
-from .fused import FusedModule, Unit, stage_unit
+from .fused import FusedModule
+from .units import Unit, stage_unit
 
 #: Names of the non-linearity in constructors; "hs" is the MobileNetV3 tables' own.
 _ACT_MODULES = {
