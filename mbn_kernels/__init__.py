@@ -8,6 +8,7 @@ from .modules import (
     FusedDepthwiseSeparable,
     FusedInvResBlock,
     FusedPointwiseConvBNAct,
+    FusedSequential,
     FusedSqueezeExcite,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "FusedDepthwiseSeparable",
     "FusedInvResBlock",
     "FusedPointwiseConvBNAct",
+    "FusedSequential",
     "FusedSqueezeExcite",
     "available_backends",
     "empty_cache",

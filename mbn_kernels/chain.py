@@ -189,12 +189,14 @@ class Kernels(Protocol):
     ``residual``, and ``sums`` are those of :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
     """
 
-    def evaluates(self, chain: Chain) -> bool:
+    def evaluates(self, chain: Chain, residual: bool) -> bool:
         """Whether :meth:`evaluate` runs this chain; every stage then normalises by its running statistics."""
 
-    def evaluate(self, x: Tensor, chain: Chain, flat: Sequence[Tensor], residual: bool) -> Tensor:
-        """The whole chain in one call, where nothing is saved for backward. It takes unchecked arguments and raises
-        RuntimeError for those that do not fit.
+    def evaluate(
+        self, x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], residuals: tuple[bool, ...]
+    ) -> Tensor:
+        """Whole chains, one behind the other, in one call, where nothing is saved for backward; ``flat`` holds the
+        parameters of all. It takes unchecked arguments and raises RuntimeError for those that do not fit.
         """
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool): ...

@@ -68,8 +68,10 @@ def check_beside(op: str, name: str, t: Tensor, x: Tensor) -> None:
         fail(op, name, f"{x.dtype}{also} for x of {x.dtype}", t.dtype, TypeError)
 
 
-def check_chain(op: str, x: Tensor, stages: Sequence[Stage], params: Sequence[Tensor], residual: bool) -> None:
-    """Checks every tensor of a chain against its stages: rank, shape, dtype, device, layout."""
+def check_chain(op: str, x: Tensor, stages: Sequence[Stage], params: Sequence[Tensor], residual: bool):
+    """Checks every tensor of a chain against its stages: rank, shape, dtype, device, layout; returns the output's
+    shape.
+    """
     check_input(op, x)
     count = sum(len(stage.parameter_names) for stage in stages)
     if len(params) != count:
@@ -79,6 +81,7 @@ def check_chain(op: str, x: Tensor, stages: Sequence[Stage], params: Sequence[Te
         shape = _check_stage(op, x, shape, stage, p)
     if residual and shape != tuple(x.shape):
         fail(op, "residual", f"the output's shape {shape}", tuple(x.shape))
+    return shape
 
 
 def check_input(op: str, x: Tensor) -> None:

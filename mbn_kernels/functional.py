@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import backends, checks, ops
 from .chain import chain_spec, parse, stage_spec
@@ -74,10 +75,12 @@ def run_chain(
         running: for each stage that uses batch statistics, the running ones to update in place.
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
-    backend = backends.choose(x.device)
-    if save and not _needs_operator(x):
+    backend, direct = backends.choose(x.device), runs_directly(x)
+    if direct and save:
         statistics: list[Tensor] = []
         out = ops.ChainFunction.apply(spec, residual, backend, statistics, x, *params)
+    elif direct and not running and evaluates(spec, residual, backend):
+        return ops.evaluate_chains(x, (parse(spec),), [params], (residual,), backend)
     else:
         out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
     if running:
@@ -85,15 +88,22 @@ def run_chain(
     return out
 
 
-def _needs_operator(x: Tensor) -> bool:
-    """Whether the operator's own autograd is called for: the kind that graphs hold, autocast wraps and torch.func
-    transforms.
+def evaluates(spec: str, residual: bool, backend: str) -> bool:
+    """Whether the backend has one call for the whole chain where nothing is saved for backward."""
+    return backends.get(backend).kernels.evaluates(parse(spec), residual)
+
+
+def runs_directly(x: Tensor) -> bool:
+    """Whether nothing watches the operator ``mbn::chain``, so that it may be passed by: no graph is traced, and no
+    autocast, torch.func transform, dispatch mode or tensor subclass is at work.
     """
     device = x.device.type
-    return (
+    return type(x) in (Tensor, Parameter) and not (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or (device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device))
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
     )
 
 

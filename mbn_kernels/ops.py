@@ -35,23 +35,39 @@ def _channels_last(t: Tensor) -> Tensor:
 
 def _chain(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
     parsed, chosen = chain.parse(spec), backends.get(backend)
-    if not save and chosen.kernels.evaluates(parsed):
-        try:
-            return chosen.kernels.evaluate(x, parsed, params, residual), [], []
-        except Exception:
-            # The kernel checks everything itself; only where it refuses is it worth finding the best words.
-            _check(parsed, chosen, backend, x, params, residual)
-            raise
+    if not save and chosen.kernels.evaluates(parsed, residual):
+        return evaluate_chains(x, (parsed,), [params], (residual,), backend), [], []
     _check(parsed, chosen, backend, x, params, residual)
     params = [p.contiguous() for p in params]
     return chain.forward(chosen.kernels, _channels_last(x), parsed.stages, params, residual, save)
 
 
-def _check(parsed: chain.Chain, chosen: backends.Backend, backend: str, x: Tensor, params, residual: bool) -> None:
-    check_chain(parsed.name, x, parsed.stages, params, residual)
+def evaluate_chains(
+    x: Tensor,
+    chains: tuple[chain.Chain, ...],
+    params: Sequence[Sequence[Tensor]],
+    residuals: tuple[bool, ...],
+    backend: str,
+) -> Tensor:
+    """Chains that the backend evaluates, one behind the other, in one call outside of autograd."""
+    chosen = backends.get(backend)
+    flat = [p for own in params for p in own]
+    try:
+        return chosen.kernels.evaluate(x, chains, flat, residuals)
+    except Exception:
+        # The kernel checks everything itself; only where it refuses is it worth finding the best words.
+        for parsed, own, residual in zip(chains, params, residuals, strict=True):
+            shape = _check(parsed, chosen, backend, x, own, residual)
+            x = x.new_empty(1).expand(shape)  # only its shape is looked at
+        raise
+
+
+def _check(parsed: chain.Chain, chosen: backends.Backend, backend: str, x: Tensor, params, residual: bool):
+    shape = check_chain(parsed.name, x, parsed.stages, params, residual)
     unsupported = chosen.supports(x.device, x.dtype)
     if unsupported:
         raise TypeError(f"{parsed.name}: x: backend {backend!r} expected {unsupported}")
+    return shape
 
 
 def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):

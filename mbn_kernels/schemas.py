@@ -33,7 +33,7 @@ KERNEL_SCHEMAS = {
     "norm_forward": "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor(a!) norm",
     "norm_backward": "Tensor sums, Tensor? gate, Tensor? q, Tensor norm, int count, Tensor(a!) dweight, "
     "Tensor(b!) dbias, Tensor(c!)? b, Tensor(d!)? c",
-    "evaluate": "Tensor x, Tensor[] params, int[] stages, float[] eps, bool residual, int version, "
+    "evaluate": "Tensor x, Tensor[] params, int[] stages, float[] eps, int[] blocks, int version, "
     "Tensor(a!) packed, Tensor(b!) out",
     "pool": f"{_VALUE}, Tensor(a!) pooled",
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",

@@ -1,12 +1,13 @@
-// torch.ops.mbn.evaluate on CPU tensors: a whole block in evaluation.
+// torch.ops.mbn.evaluate on CPU tensors: blocks in evaluation, one behind the other in one call. What goes from block to block stays in scratch.
 //
-// The block's parameters are packed once: weights in the layout that the kernels read, batch norm folded into a scale and a shift. The caller keeps the
+// The blocks' parameters are packed once: weights in the layout that the kernels read, batch norm folded into a scale and a shift. The caller keeps the
 // packed tensor from call to call. Its last numbers say of which parameters it was made, and where those have changed it is made anew.
 #include <cmath>
 #include <mutex>
 #include <vector>
 
 #include "binding.h"
+#include "runtime.h"
 
 namespace mbn {
 namespace {
@@ -22,19 +23,32 @@ struct StageCode {
       squeeze_act, gate_act;  // the last two -1: no squeeze-excite
   bool gated() const { return squeeze_act >= 0; }
 };
-constexpr size_t kStageInts = sizeof(StageCode) / sizeof(int64_t);
+// A block as the operator's list of integers has it.
+struct BlockCode {
+  int64_t stages, residual;
+};
 
-std::vector<StageCode> codes_of(const std::vector<int64_t>& stages) {
-  MBN_CHECK(!stages.empty() && stages.size() % kStageInts == 0, op, ": stages: expected ", kStageInts, " integers a stage, got ", stages.size());
-  std::vector<StageCode> codes(stages.size() / kStageInts);
-  __builtin_memcpy(codes.data(), stages.data(), stages.size() * sizeof(int64_t));
-  // [pointwise], depthwise (+ squeeze-excite), [pointwise], or one of them alone.
-  const bool expands = codes.size() > 1 && codes[0].conv == kPointwise && codes[1].conv == kDepthwise;
+template <class Code>
+std::vector<Code> codes_of(const char* name, const std::vector<int64_t>& numbers) {
+  constexpr size_t kInts = sizeof(Code) / sizeof(int64_t);
+  MBN_CHECK(!numbers.empty() && numbers.size() % kInts == 0, op, ": ", name, ": expected ", kInts, " integers each, got ", numbers.size());
+  std::vector<Code> codes(numbers.size() / kInts);
+  __builtin_memcpy(codes.data(), numbers.data(), numbers.size() * sizeof(int64_t));
+  return codes;
+}
+
+// [pointwise], depthwise (+ squeeze-excite), [pointwise], or one of them alone.
+void check_block(const StageCode* codes, size_t count) {
+  const bool expands = count > 1 && codes[0].conv == kPointwise && codes[1].conv == kDepthwise;
   const size_t middle = expands ? 1 : 0;
-  const bool projects = codes.back().conv == kPointwise && codes.size() == middle + (codes[middle].conv == kDepthwise ? 2 : 1);
-  bool fits = projects || (codes.size() == 1 && codes[0].conv == kDepthwise && !codes[0].gated());
-  for (size_t i = 0; i < codes.size(); ++i) fits = fits && (!codes[i].gated() || codes[i].conv == kDepthwise);
+  const bool projects = codes[count - 1].conv == kPointwise && count == middle + (codes[middle].conv == kDepthwise ? 2 : 1);
+  bool fits = projects || (count == 1 && codes[0].conv == kDepthwise && !codes[0].gated());
+  for (size_t i = 0; i < count; ++i) fits = fits && (!codes[i].gated() || codes[i].conv == kDepthwise);
   MBN_CHECK(fits, op, ": stages: expected [pointwise], depthwise, [pointwise] or one of them, got another chain");
+}
+
+std::vector<StageCode> stage_codes(const std::vector<int64_t>& stages) {
+  const std::vector<StageCode> codes = codes_of<StageCode>("stages", stages);
   for (const StageCode& s : codes) {
     MBN_CHECK(s.kernel_h > 0 && s.kernel_w > 0 && s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.pad_top >= 0 &&
                   s.pad_bottom >= 0 && s.pad_left >= 0 && s.pad_right >= 0,
@@ -216,16 +230,20 @@ int64_t out_size(int64_t in, int64_t pads, int64_t kernel, int64_t dilation, int
   return (in + pads - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+// The block of stages [first, first + count), less its tensors, for an input of this shape.
 template <class S>
-Evaluate<S> block_of(const std::vector<Stage<S>>& stages, const Shape& in) {
+Evaluate<S> block_of(const Stage<S>* stages, size_t count, const Shape& in) {
   Evaluate<S> p;
   p.images = in.images;
-  p.in_channels = p.channels = p.out_channels = in.channels;
+  p.in_channels = p.channels = in.channels;
   p.height = p.out_height = in.height;
   p.width = p.out_width = in.width;
   p.window = {};
+  p.x = p.residual = nullptr;
+  p.out = nullptr;
   int64_t channels = in.channels;
-  for (const Stage<S>& s : stages) {
+  for (size_t i = 0; i < count; ++i) {
+    const Stage<S>& s = stages[i];
     MBN_CHECK(s.in == channels, op, ": weight: expected one for ", channels, " channels, got size ", text_of(s.weight->sizes()));
     channels = s.out;
     if (s.code.conv == kDepthwise) {
@@ -242,7 +260,7 @@ Evaluate<S> block_of(const std::vector<Stage<S>>& stages, const Shape& in) {
         p.squeeze_act = activation(op, "stages", c.squeeze_act);
         p.gate_act = activation(op, "stages", c.gate_act);
       }
-    } else if (&s == &stages.back()) {
+    } else if (i + 1 == count) {
       p.project = s.folded();
       p.channels = s.in;
     } else {
@@ -253,6 +271,52 @@ Evaluate<S> block_of(const std::vector<Stage<S>>& stages, const Shape& in) {
   return p;
 }
 
+template <class S>
+std::vector<Evaluate<S>> blocks_of(const std::vector<Stage<S>>& stages, const std::vector<BlockCode>& codes, Shape shape) {
+  std::vector<Evaluate<S>> blocks;
+  size_t first = 0;
+  for (const BlockCode& code : codes) {
+    MBN_CHECK(code.stages > 0 && size_t(code.stages) <= stages.size() - first, op, ": blocks: expected from 1 to ", stages.size() - first,
+              " stages, got ", code.stages);
+    std::vector<StageCode> own;
+    for (size_t i = first; i < first + size_t(code.stages); ++i) own.push_back(stages[i].code);
+    check_block(own.data(), own.size());
+    Evaluate<S> p = block_of(stages.data() + first, own.size(), shape);
+    const bool same = p.out_channels == shape.channels && p.out_height == shape.height && p.out_width == shape.width;
+    MBN_CHECK(!code.residual || (p.project.weight && same), op,
+              ": blocks: expected a residual around a block that ends in a pointwise stage and keeps its input's size, got another");
+    shape = {shape.images, p.out_channels, p.out_height, p.out_width};
+    blocks.push_back(p);
+    first += size_t(code.stages);
+  }
+  MBN_CHECK(first == stages.size(), op, ": blocks: expected ", stages.size(), " stages, got ", first);
+  return blocks;
+}
+
+// Images [begin, end) through all blocks.
+template <class S>
+void run_blocks(std::vector<Evaluate<S>> blocks, const std::vector<BlockCode>& codes, const S* x, S* out, int64_t begin, int64_t end) {
+  Scratch scratch;
+  int64_t largest = 0;
+  for (size_t i = 0; i + 1 < blocks.size(); ++i) {
+    const Evaluate<S>& p = blocks[i];
+    const int64_t size = p.out_channels * p.out_height * p.out_width;
+    largest = size > largest ? size : largest;
+  }
+  S* between[2];
+  for (S*& buffer : between) buffer = static_cast<S*>(scratch.bytes(size_t(largest * (end - begin)) * sizeof(S)));
+  const S* from = x + begin * blocks[0].in_channels * blocks[0].height * blocks[0].width;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    Evaluate<S>& p = blocks[i];
+    p.images = end - begin;
+    p.x = from;
+    p.residual = codes[i].residual ? from : nullptr;
+    p.out = i + 1 < blocks.size() ? between[i % 2] : out + begin * p.out_channels * p.out_height * p.out_width;
+    kernels_for<S>().evaluate(p);
+    from = p.out;
+  }
+}
+
 // How many numbers the packed tensor holds.
 int64_t evaluate_size(std::vector<Tensor> params, std::vector<int64_t> stages) {
   MBN_CHECK(!params.empty(), op, ": params: expected a weight, got no tensor");
@@ -260,15 +324,16 @@ int64_t evaluate_size(std::vector<Tensor> params, std::vector<int64_t> stages) {
   by_dtype(op, "weight", params[0], [&](auto tag) {
     using S = typename decltype(tag)::type;
     Places<Accumulate<S>> places = {nullptr};
-    stages_of<S>(codes_of(stages), params, places);
+    stages_of<S>(stage_codes(stages), params, places);
     size = places.used + kOriginNumbers<Accumulate<S>>;
   });
   return size;
 }
 
-void evaluate(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages, std::vector<double> eps, bool residual, int64_t version,
-              const Tensor& packed, const Tensor& out) {
-  const std::vector<StageCode> codes = codes_of(stages);
+void evaluate(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages, std::vector<double> eps, std::vector<int64_t> blocks,
+              int64_t version, const Tensor& packed, const Tensor& out) {
+  const std::vector<StageCode> codes = stage_codes(stages);
+  const std::vector<BlockCode> block_codes = codes_of<BlockCode>("blocks", blocks);
   MBN_CHECK(eps.size() == codes.size(), op, ": eps: expected ", codes.size(), " numbers, got ", eps.size());
   by_dtype(op, "x", x, [&](auto tag) {
     using S = typename decltype(tag)::type;
@@ -277,14 +342,27 @@ void evaluate(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> 
     Places<T> places = {static_cast<T*>(packed.mutable_data_ptr())};
     const std::vector<Stage<S>> described = stages_of<S>(codes, params, places);
     T* last = dense_out<T>(op, "packed", packed, places.used + kOriginNumbers<T>) + places.used;
-    Evaluate<S> p = block_of(described, in);
-    const Shape result = {in.images, p.out_channels, p.out_height, p.out_width};
-    p.x = activations<S>(op, "x", x, in);
-    p.out = activations_out<S>(op, "out", out, result);
-    p.residual = residual ? activations<S>(op, "residual", x, result) : nullptr;
-    MBN_CHECK(!residual || p.project.weight, op, ": residual: expected a chain that ends in a pointwise stage, got a depthwise");
+    const std::vector<Evaluate<S>> all = blocks_of(described, block_codes, in);
+    const S* from = activations<S>(op, "x", x, in);
+    S* to = activations_out<S>(op, "out", out, {in.images, all.back().out_channels, all.back().out_height, all.back().out_width});
     refresh(described, params, eps, version, last);
-    kernels_for<S>().evaluate(p);
+    // Threads share the images of a batch, each taking one at a time through all blocks: what it hands on stays in its cache. With fewer images they
+    // share the work within a block. The results are the same bits.
+    const int64_t threads = thread_count();
+    if (all.size() > 1 && in.images > 1 && (in.images >= 4 * threads || in.images % threads == 0)) {
+      struct Context {
+        const std::vector<Evaluate<S>>& all;
+        const std::vector<BlockCode>& codes;
+        const S* from;
+        S* to;
+      } context = {all, block_codes, from, to};
+      const auto body = [](int64_t begin, int64_t end, void* given) {
+        const Context& c = *static_cast<Context*>(given);
+        for (int64_t n = begin; n < end; ++n) run_blocks(c.all, c.codes, c.from, c.to, n, n + 1);
+      };
+      return run_parallel(in.images, body, &context);
+    }
+    run_blocks(all, block_codes, from, to, 0, in.images);
   });
 }
 

@@ -77,53 +77,64 @@ def _gradient(g: Gradient) -> tuple:
     return g.dv, *_value(g.of), g.q, g.a, g.b, g.c
 
 
-class _Evaluation(NamedTuple):
-    """How csrc/cpu/evaluate.cpp is called for a chain."""
-
-    codes: list[int]  # the stages, as the struct StageCode there reads them
-    eps: list[float]
-    weights: list[int]  # where each stage's weight is in the flat list of parameters
-    adds_residual: bool
-
-
 @lru_cache(maxsize=4096)
-def _evaluation(chain: Chain) -> _Evaluation | None:
-    """None where the chain is not [pointwise], depthwise (+ squeeze-excite), [pointwise] or one of them."""
+def _evaluates(chain: Chain, residual: bool) -> bool:
+    """Whether the chain is [pointwise], depthwise (+ squeeze-excite), [pointwise] or one of them, normalised by running
+    statistics, and a residual goes around a pointwise stage.
+    """
     stages, kinds = chain.stages, [stage.conv for stage in chain.stages]
     shapes = (["pointwise", "depthwise", "pointwise"], ["depthwise", "pointwise"], ["depthwise"], ["pointwise"])
     gates = [i for i, stage in enumerate(stages) if stage.gate]
-    if kinds not in shapes or gates not in ([], [len(stages) - 2]) or any(s.norm != "running" for s in stages):
-        return None
+    norms = {stage.norm for stage in stages}
+    fits = kinds in shapes and gates in ([], [len(stages) - 2]) and norms == {"running"}
+    return fits and (not residual or kinds[-1] == "pointwise")
+
+
+class _Evaluation(NamedTuple):
+    """How csrc/cpu/evaluate.cpp is called for chains."""
+
+    stages: list[int]  # as the struct StageCode there reads them
+    eps: list[float]
+    blocks: list[int]  # as BlockCode
+    weights: list[tuple[Stage, int]]  # each stage, and where its weight is in the flat list of parameters
+
+
+@lru_cache(maxsize=4096)
+def _evaluation(chains: tuple[Chain, ...], residuals: tuple[bool, ...]) -> _Evaluation:
     codes, weights, count = [], [], 0
+    stages = [stage for chain in chains for stage in chain.stages]
     for stage in stages:
         acts = (ACTIVATIONS[stage.gate[0]].code, ACTIVATIONS[stage.gate[1]].code) if stage.gate else (-1, -1)
         conv = ("none", "pointwise", "depthwise").index(stage.conv)
         window = (*stage.kernel, *stage.stride, *stage.padding, *stage.dilation)
         codes += [conv, *window, int(stage.affine), ACTIVATIONS[stage.act].code, *acts]
-        weights.append(count)
+        weights.append((stage, count))
         count += len(stage.parameter_names)
-    return _Evaluation(codes, [stage.eps for stage in stages], weights, kinds[-1] == "pointwise")
+    blocks = [n for chain, r in zip(chains, residuals, strict=True) for n in (len(chain.stages), int(r))]
+    return _Evaluation(codes, [stage.eps for stage in stages], blocks, weights)
 
 
 class _Packed(NamedTuple):
-    """A chain's parameters as ``evaluate`` reads them, kept for as long as its first weight lives."""
+    """Chains' parameters as ``evaluate`` reads them, kept for as long as the first weight lives."""
 
     weight: weakref.ref[Tensor]
     shapes: list[torch.Size]
     numbers: Tensor
 
 
-_packed_chains: dict[tuple[int, Chain, torch.dtype], _Packed] = {}
+_packed_chains: dict[tuple[int, tuple[Chain, ...], torch.dtype], _Packed] = {}
 
 
-def _packed(x: Tensor, chain: Chain, flat: Sequence[Tensor], params: Sequence[Tensor], codes: list[int]):
+def _packed(
+    x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], params: Sequence[Tensor], stages: list[int]
+) -> tuple[Tensor, int]:
     """(the packed parameters, their version): ``evaluate`` packs them anew where the version, a place in memory or what
     it samples of the contents is no longer what it was. Inference tensors count no versions: -1, always anew.
     """
-    key, shapes = (id(flat[0]), chain, x.dtype), [p.shape for p in flat]
+    key, shapes = (id(flat[0]), chains, x.dtype), [p.shape for p in flat]
     found = _packed_chains.get(key)
     if found is None or found.weight() is not flat[0] or found.shapes != shapes:
-        size = _ops.evaluate_size(params, codes)
+        size = _ops.evaluate_size(params, stages)
         numbers = torch.zeros(size, dtype=accumulate_dtype(x.dtype))
         found = _Packed(weakref.ref(flat[0], lambda _: _packed_chains.pop(key, None)), shapes, numbers)
         _packed_chains[key] = found
@@ -158,20 +169,24 @@ class CpuKernels:
             return y, None, None
         return y, _vectors(like, shape[1]), _vectors(like, shape[1])
 
-    def evaluates(self, chain: Chain) -> bool:
-        return _evaluation(chain) is not None
+    def evaluates(self, chain: Chain, residual: bool) -> bool:
+        return _evaluates(chain, residual)
 
-    def evaluate(self, x: Tensor, chain: Chain, flat: Sequence[Tensor], residual: bool) -> Tensor:
-        call, shape = _evaluation(chain), x.shape
-        for stage, weight in zip(chain.stages, call.weights, strict=True):
+    def evaluate(
+        self, x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], residuals: tuple[bool, ...]
+    ) -> Tensor:
+        if False in [p.is_cpu for p in (x, *flat)]:
+            # Of a meta tensor the dispatcher would make a call that does nothing.
+            raise RuntimeError("evaluate: expected tensors on the CPU, got some on another device")
+        call, shape = _evaluation(chains, residuals), x.shape
+        for stage, weight in call.weights:
             shape = stage.output_shape(shape, flat[weight].shape)
         x = x.contiguous(memory_format=torch.channels_last)
         out = _empty(x, shape)
         params = [p if p.is_contiguous() else p.contiguous() for p in flat]
-        residual_in_kernel = residual and call.adds_residual
-        packed, version = _packed(x, chain, flat, params, call.codes)
-        _ops.evaluate(x, params, call.codes, call.eps, residual_in_kernel, version, packed, out)
-        return out.add_(x) if residual and not call.adds_residual else out
+        packed, version = _packed(x, chains, flat, params, call.stages)
+        _ops.evaluate(x, params, call.stages, call.eps, call.blocks, version, packed, out)
+        return out
 
     def pool(self, u: Value) -> Tensor:
         pooled = _vectors(u.y, *u.y.shape[:2])

@@ -103,7 +103,7 @@ class ReferenceKernels:
     norm_forward = staticmethod(norm_forward)
     norm_backward = staticmethod(norm_backward)
 
-    def evaluates(self, chain: Chain) -> bool:
+    def evaluates(self, chain: Chain, residual: bool) -> bool:
         return False
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):

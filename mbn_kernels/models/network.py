@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..modules import FusedDepthwiseSeparable, FusedInvResBlock
+from ..modules import FusedDepthwiseSeparable, FusedInvResBlock, FusedSequential
 from .tables import BlockShape
 
 _ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
@@ -109,9 +109,13 @@ def build_block(
     )
 
 
-def build_blocks(shapes: Iterable[BlockShape], **options) -> nn.Sequential:
+def build_blocks(shapes: Iterable[BlockShape], *, fused: bool = True, **options) -> nn.Sequential:
     """The blocks of a network in order; options are build_block's."""
-    return nn.Sequential(*(build_block(shape, **options) for shape in shapes))
+    return sequence(fused)(*(build_block(shape, fused=fused, **options) for shape in shapes))
+
+
+def sequence(fused: bool) -> type[nn.Sequential]:
+    return FusedSequential if fused else nn.Sequential
 
 
 def classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequential:

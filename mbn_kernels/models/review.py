@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from ..modules import FusedInvResBlock, FusedPointwiseConvBNAct, FusedSqueezeExcite, make_divisible
-from .network import MobileNet, classifier_v3, conv_bn_act
+from .network import MobileNet, classifier_v3, conv_bn_act, sequence
 from .tables import V3_LARGE, V3_SMALL
 
 
@@ -55,7 +53,7 @@ class MobileNetV3(MobileNet):
             last_conv = conv_bn_act(channels, features, last_k, act=act)
         super().__init__(
             conv1,
-            nn.Sequential(*blocks),
+            sequence(fused)(*blocks),
             classifier_v3(features, hidden, num_classes, dropout=0.2),
             last_conv=last_conv,
             se_block=se_block,

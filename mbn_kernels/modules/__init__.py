@@ -9,6 +9,7 @@ from .blocks import (
     make_divisible,
 )
 from .fused import FusedModule
+from .sequence import FusedSequential
 
 __all__ = [
     "FusedDepthwiseConvBNAct",
@@ -16,6 +17,7 @@ __all__ = [
     "FusedInvResBlock",
     "FusedModule",
     "FusedPointwiseConvBNAct",
+    "FusedSequential",
     "FusedSqueezeExcite",
     "make_divisible",
 ]

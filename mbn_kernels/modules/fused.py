@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from ..chain import chain_spec
 from ..checks import check_tensor
 from ..functional import Running, run_chain
 from .units import Unit, append_tensors, describe
+
+
+def has_hook(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _child_has_hook(module: nn.Module) -> bool:
@@ -17,6 +25,15 @@ def _child_has_hook(module: nn.Module) -> bool:
             return True
         pending += m._modules.values()
     return False
+
+
+class Call(NamedTuple):
+    """What a fused module asks :func:`mbn_kernels.functional.run_chain` for."""
+
+    spec: str
+    params: list[Tensor]
+    running: list[Running]
+    residual: bool
 
 
 class FusedModule(nn.Module):
@@ -54,18 +71,26 @@ class FusedModule(nn.Module):
                 return reason
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def call(self) -> Call | None:
+        """The chain that the children are at this moment, or None where they run one by one."""
+        if not self.fused or _child_has_hook(self):
+            return None
         units = self.units()
-        stages = [describe(unit).stage for unit in units] if self.fused and not _child_has_hook(self) else [None]
+        stages = [describe(unit).stage for unit in units]
         if None in stages:
-            return self.stock_forward(x)
-        name = type(self).__name__
-        check_tensor(name, "x", x)
+            return None
         params: list[Tensor] = []
         running: list[Running] = []
         for unit in units:
             append_tensors(unit, params, running)
-        return run_chain(x, chain_spec(name, stages), params, running, self.has_residual())
+        return Call(chain_spec(type(self).__name__, stages), params, running, self.has_residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = self.call()
+        if call is None:
+            return self.stock_forward(x)
+        check_tensor(type(self).__name__, "x", x)
+        return run_chain(x, *call)
 
     def extra_repr(self) -> str:
         reason = self.why_not_fused()

@@ -1,0 +1,40 @@
+"""Blocks one behind the other: in evaluation, neighbours run in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, ops
+from ..chain import parse
+from ..functional import evaluates, runs_directly
+from .fused import FusedModule, has_hook
+
+
+class FusedSequential(nn.Sequential):
+    """``nn.Sequential``, whose neighbouring fused modules run in one call where no gradient is wanted and all of them
+    normalise by running statistics: what one hands to the next stays in the processor's cache.
+
+    Everywhere else, and for children that are not fused, have a hook or are something else, it does what
+    ``nn.Sequential`` does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
+            return super().forward(x)
+        backend, waiting = backends.choose(x.device), []
+        for child in self._modules.values():
+            call = child.call() if isinstance(child, FusedModule) and not has_hook(child) else None
+            if call and not call.running and evaluates(call.spec, call.residual, backend):
+                waiting.append(call)
+                continue
+            x = child(_run(x, waiting, backend))
+            waiting = []
+        return _run(x, waiting, backend)
+
+
+def _run(x: Tensor, calls: list, backend: str) -> Tensor:
+    if not calls:
+        return x
+    specs, params, _, residuals = zip(*calls, strict=True)
+    return ops.evaluate_chains(x, tuple(map(parse, specs)), params, residuals, backend)
