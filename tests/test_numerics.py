@@ -220,6 +220,26 @@ def test_large_mean(backend: str, case: Case, mean: float, dtype: torch.dtype) -
     hold(run(fused, case, t, True), lambda t: run(own, case, t, True), t, dtype)
 
 
+@pytest.mark.parametrize("shape", ((4, 8, 7, 7), (2, 17, 61, 40), (8, 3, 112, 112)), ids=str)
+@pytest.mark.parametrize("conv", ("depthwise", "pointwise"))
+def test_variance_at_a_large_mean(backend: str, conv: str, shape: tuple[int, ...]) -> None:
+    """The statistics of float32 numbers are right to their own rounding, whatever the mean and the number of tiles."""
+    c = shape[1]
+    x = (torch.randn(shape) + 1000).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(c, 1, 1, 1) if conv == "depthwise" else torch.eye(c)[:, :, None, None].contiguous()
+    kernels, stage = backends.get(backend).kernels, chain.parse(chain.chain_spec("", [chain.stage_spec(conv)])).stages[0]
+    if conv == "depthwise":
+        y, mean, var = kernels.depthwise_forward(chain.Value(x), weight, stage, True)
+    else:
+        y, mean, var = kernels.pointwise_forward(chain.Value(x), weight, True)
+    assert torch.equal(y, x)
+    exact = y.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=6e-8, atol=0)
+    # The reference subtracts a mean that was rounded to float32.
+    rtol = 2e-7 if backend == "cpu" else 2e-6
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3), unbiased=False), rtol=rtol, atol=0)
+
+
 @pytest.mark.parametrize("case", STATISTICS, ids=str)
 def test_constant_channels(backend: str, case: Case) -> None:
     """A channel of one value has no variance: its output is the bias, and every gradient stays finite."""

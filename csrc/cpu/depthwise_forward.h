@@ -7,10 +7,10 @@
 namespace mbn {
 namespace MBN_ISA {
 
-// Stores a tile [row][column][lane] to y and adds what was stored to the moments; the first tile of a chunk chooses their shift.
+// Stores a tile [row][column][lane] to y and adds what was stored to the moments; the first tile of a chunk chooses what they are about.
 template <class S, class Count>
 static void store_output(const Accumulate<S>* tile, S* y, int64_t rows, int64_t columns, int64_t row_stride, int64_t pixel_stride,
-                         Count count, ShiftedMoments<Accumulate<S>>* moments, bool first) {
+                         Count count, Moments<Accumulate<S>>* moments, bool first) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
   if (moments == nullptr) {
@@ -19,11 +19,11 @@ static void store_output(const Accumulate<S>* tile, S* y, int64_t rows, int64_t 
     }
     return;
   }
-  ShiftedMoments<T> m = *moments;
+  Moments<T> m = *moments;
   if (first) {
     Vec<T> sum = {};
     for (int64_t i = 0; i < rows * columns; ++i) sum += rounded_to<S>(load(tile + i * L));
-    m.shift = sum / T(rows * columns);
+    m.about = sum / T(rows * columns);
     m.sum = m.square = Vec<T>{};
   }
   Vec<T> sum = {}, square = {};  // a second chain: an addition takes four cycles
@@ -33,14 +33,14 @@ static void store_output(const Accumulate<S>* tile, S* y, int64_t rows, int64_t 
       const Vec<T> v0 = load(tile), v1 = load(tile + L);
       store(y + c * pixel_stride, v0, count);
       store(y + (c + 1) * pixel_stride, v1, count);
-      const Vec<T> d0 = rounded_to<S>(v0) - m.shift, d1 = rounded_to<S>(v1) - m.shift;
+      const Vec<T> d0 = rounded_to<S>(v0) - m.about, d1 = rounded_to<S>(v1) - m.about;
       m.sum += d0;
       sum += d1;
       m.square += d0 * d0;
       square += d1 * d1;
     }
     if (c < columns) {
-      const Vec<T> v = load(tile), d = rounded_to<S>(v) - m.shift;
+      const Vec<T> v = load(tile), d = rounded_to<S>(v) - m.about;
       store(y + c * pixel_stride, v, count);
       m.sum += d;
       m.square += d * d;
@@ -65,7 +65,7 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
 
   Scratch scratch;
   const int64_t tiles_per_image = plan.strips * plan.chunks, tiles = p.images * tiles_per_image;
-  T* partials = p.mean ? take<T>(scratch, tiles * 2 * p.channels) : nullptr;
+  double* partials = p.mean ? take<double>(scratch, tiles * 2 * p.channels) : nullptr;
 
   for_tasks(plan, [&](int64_t first, int64_t last) {
     Scratch local;
@@ -75,7 +75,7 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
     Ring<T> ring = make_ring<T>(local, plan.block_vectors, slots, width);
     T* weights = take<T>(local, plan.block_vectors * taps * L);
     T* tile = take<T>(local, plan.chunk_rows * kTileColumns * L);
-    auto* moments = take<ShiftedMoments<T>>(local, plan.block_vectors);
+    auto* moments = take<Moments<T>>(local, plan.block_vectors);
     Tap* row_taps = take<Tap>(local, plan.chunk_rows * w.kernel_h);
     int64_t* row_counts = take<int64_t>(local, plan.chunk_rows);
     int64_t* column_taps = take<int64_t>(local, plan.strip_columns * w.kernel_w);
@@ -119,8 +119,8 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
           const int64_t number = n * tiles_per_image + task.strip * plan.chunks + chunk;
           for (int64_t v = 0; partials && v < length(task.vectors); ++v) {
             const int64_t vector = task.vectors.begin + v;
-            store_moments(finish(moments[v], T(length(rows) * length(columns))), partials, number, p.channels, vector * L,
-                          lane_count(plan, vector));
+            double* to = partials + number * 2 * p.channels + vector * L;
+            store_moments(moments[v], length(rows) * length(columns), to, to + p.channels, lane_count(plan, vector));
           }
         }
       }

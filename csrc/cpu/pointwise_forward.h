@@ -8,55 +8,37 @@
 namespace mbn {
 namespace MBN_ISA {
 
-// Sums over a block of the deviations from `about`, the mean of its first tile, for the channels of one panel. So near to the mean a difference
-// of the two sums loses nothing: the first tile alone keeps M2 above a tenth of the squares.
+// Of the vectors of one panel, over a block of rows.
 template <class T>
-struct BlockMoments {
-  Vec<T> about[kWideVectors], sum[kWideVectors], square[kWideVectors];
+struct PanelMoments {
+  Moments<T> at[kWideVectors];
 };
 
 // Adds a tile from its registers.
 template <class S, int R, int NV>
-MBN_INLINE void add_moments(BlockMoments<Accumulate<S>>& block, const Tile<Accumulate<S>, R, NV>& acc, bool first) {
+MBN_INLINE void add_moments(PanelMoments<Accumulate<S>>& panel, const Tile<Accumulate<S>, R, NV>& acc, bool first) {
   using T = Accumulate<S>;
   MBN_UNROLL
   for (int v = 0; v < NV; ++v) {
+    Moments<T>& m = panel.at[v];
     // Four chains of additions each: one would wait for itself.
     Vec<T> sum[4] = {}, square[4] = {};
     if (first) {
       MBN_UNROLL
       for (int r = 0; r < R; ++r) sum[r % 4] += rounded_to<S>(acc.at[r][v]);
-      block.about[v] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (T(1) / R);
-      block.sum[v] = block.square[v] = sum[0] = sum[1] = sum[2] = sum[3] = Vec<T>{};
+      m.about = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (T(1) / R);
+      m.sum = m.square = sum[0] = sum[1] = sum[2] = sum[3] = Vec<T>{};
     }
-    const Vec<T> about = block.about[v];
+    const Vec<T> about = m.about;
     MBN_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec<T> d = rounded_to<S>(acc.at[r][v]) - about;
       sum[r % 4] += d;
       square[r % 4] += d * d;
     }
-    block.sum[v] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    block.square[v] += (square[0] + square[1]) + (square[2] + square[3]);
+    m.sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    m.square += (square[0] + square[1]) + (square[2] + square[3]);
   }
-}
-
-// One vector's mean and M2 over the block's rows, in double: rounded, the means of a thousand blocks would blur a variance far below their square.
-template <class T>
-MBN_INLINE void store_moments(const BlockMoments<T>& block, int v, int64_t rows, double* mean_to, double* m2_to, int count) {
-  T about[kLanes<T>], sum[kLanes<T>], square[kLanes<T>];
-  store(about, block.about[v]);
-  store(sum, block.sum[v]);
-  store(square, block.square[v]);
-  double mean[kLanes<T>], m2[kLanes<T>];
-  for (int i = 0; i < kLanes<T>; i += kLanes<double>) {
-    const Vec<double> d = load_widened(sum + i) * (1.0 / double(rows));
-    const Vec<double> squares = load_widened(square + i) - load_widened(sum + i) * d;
-    store(mean + i, load_widened(about + i) + d);
-    store(m2 + i, squares < 0 ? Vec<double>{} : squares);
-  }
-  __builtin_memcpy(mean_to, mean, size_t(count) * sizeof(double));
-  __builtin_memcpy(m2_to, m2, size_t(count) * sizeof(double));
 }
 
 template <class S>
@@ -66,7 +48,7 @@ struct ForwardTile {
   int64_t stride, depth, channels;
   S* y;  // the tile's first row and channel
   int last;  // real channels of the last vector
-  BlockMoments<T>* moments;  // null: not wanted
+  PanelMoments<T>* moments;  // null: not wanted
   bool first;                // of its block and panel
 };
 
@@ -104,19 +86,19 @@ static void pointwise_forward(const PointwiseForward<S>& p) {
       prefetch_rows(ahead.ranges[0], p.u.y, begin + rows, b + 1 < last ? blocks.begin(b + 2) : 0, in,
                     columns.count * ceil_div(rows, kTileRows));
       for (int64_t j = 0; j < columns.count; ++j) {
-        BlockMoments<T> block;
+        PanelMoments<T> panel;
         const int vectors = columns.vectors(j), real = columns.last(j);
         const int64_t c = columns.begin(j);
         for_tiles(rows, tile_rows(vectors), [&](int64_t row, int height) {
           const ForwardTile<S> tile = {value.data + row * kPanel<T>, weight + c * in, value.stride, in, out,
-                                       p.y + (begin + row) * out + c, real, moments ? &block : nullptr, row == 0};
+                                       p.y + (begin + row) * out + c, real, moments ? &panel : nullptr, row == 0};
           prefetch_step(ahead);
           with_wide_tile(height, vectors, [&](auto t) { forward_tile<S, t.rows, t.vectors>(tile); });
         });
         if (moments == nullptr) continue;
         for (int v = 0; v < vectors; ++v) {
           double* to = moments + b * 2 * out + c + v * kLanes<T>;
-          store_moments(block, v, rows, to, to + out, v + 1 < vectors ? kLanes<T> : real);
+          store_moments(panel.at[v], rows, to, to + out, v + 1 < vectors ? kLanes<T> : real);
         }
       }
     }
