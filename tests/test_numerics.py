@@ -30,7 +30,7 @@ from oracle import (
 from torch import Tensor
 
 import mbn_kernels
-from mbn_kernels import FusedInvResBlock, chain, functional
+from mbn_kernels import FusedInvResBlock, backends, chain, functional
 
 GATE = ("relu", "hardsigmoid")
 MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
@@ -227,8 +227,9 @@ def test_variance_at_a_large_mean(backend: str, conv: str, shape: tuple[int, ...
     c = shape[1]
     x = (torch.randn(shape) + 1000).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(c, 1, 1, 1) if conv == "depthwise" else torch.eye(c)[:, :, None, None].contiguous()
-    kernels, stage = backends.get(backend).kernels, chain.parse(chain.chain_spec("", [chain.stage_spec(conv)])).stages[0]
+    kernels = backends.get(backend).kernels
     if conv == "depthwise":
+        (stage,) = chain.parse(chain.chain_spec("", [chain.stage_spec(conv)])).stages
         y, mean, var = kernels.depthwise_forward(chain.Value(x), weight, stage, True)
     else:
         y, mean, var = kernels.pointwise_forward(chain.Value(x), weight, True)
