@@ -16,7 +16,7 @@ struct PixelPlan {
 };
 
 MBN_INLINE PixelPlan pixel_plan(int64_t images, int64_t pixels, int64_t channels, int lanes) {
-  constexpr int64_t kTileVectors = 256, kWorthATask = 8192, kTasks = 64, kChunkPixels = 16, kBlockVectors = 8;
+  constexpr int64_t kTileVectors = 16, kWorthATask = 8192, kTasks = 64, kChunkPixels = 16, kBlockVectors = 8;
   PixelPlan p = {};
   p.images = images, p.pixels = pixels, p.channels = channels, p.lanes = lanes;
   p.vectors = ceil_div(channels, lanes);
