@@ -5,9 +5,17 @@ from __future__ import annotations
 import copy
 
 import pytest
-from stock import assert_same, block, make_input, step, twin_of
+import stock
+from stock import assert_same, make_input, step, twin_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+
+
+def block() -> nn.Module:
+    """A block that has read its children once: what happens to them afterwards has to be noticed."""
+    module = stock.block()
+    assert module.why_not_fused() is None
+    return module
 
 
 def test_hooks_on_the_block_fire(backend: str) -> None:

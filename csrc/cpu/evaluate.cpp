@@ -181,11 +181,16 @@ uint64_t sampled(uint64_t h, const void* data, int64_t bytes) {
   const char* from = static_cast<const char*>(data);
   const int64_t words = bytes / 8, count = words <= kWords ? words : kSamples;
   uint64_t chains[kChains] = {};
-  for (int64_t i = 0; i < count; ++i) {
+  const auto add = [&](int64_t chain, int64_t at) {
     uint64_t word;
-    __builtin_memcpy(&word, from + (count == words ? i : i * (words - 1) / (kSamples - 1)) * 8, 8);
-    chains[i % kChains] = (chains[i % kChains] ^ word) * 0x9e3779b97f4a7c15ull;
+    __builtin_memcpy(&word, from + at * 8, 8);
+    chains[chain] = (chains[chain] ^ word) * 0x9e3779b97f4a7c15ull;
+  };
+  int64_t i = 0;
+  for (; count == words && i + kChains <= count; i += kChains) {
+    for (int64_t chain = 0; chain < kChains; ++chain) add(chain, i + chain);
   }
+  for (; i < count; ++i) add(i % kChains, count == words ? i : i * (words - 1) / (kSamples - 1));
   uint64_t tail = 0;
   __builtin_memcpy(&tail, from + words * 8, size_t(bytes - words * 8));
   for (const uint64_t chain : chains) h = mixed(h, chain);

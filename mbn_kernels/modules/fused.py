@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..chain import chain_spec
@@ -12,19 +13,24 @@ from ..functional import Running, run_chain
 from .units import Unit, append_tensors, describe
 
 
+def _hooks(module: nn.Module) -> tuple[dict, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def has_hook(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(_hooks(module))
 
 
-def _child_has_hook(module: nn.Module) -> bool:
-    pending = list(module._modules.values())
-    for m in pending:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-        pending += m._modules.values()
-    return False
+class _Reading(NamedTuple):
+    """What was read of the tree of children, and how to tell that the tree is still the same."""
+
+    places: list[dict]  # where each module that has children keeps them
+    children: list[tuple]  # which they were
+    hooks: list[dict]  # of all descendants
+    units: list[Unit]
+
+    def holds(self) -> bool:
+        return [tuple(place.values()) for place in self.places] == self.children
 
 
 class Call(NamedTuple):
@@ -47,6 +53,7 @@ class FusedModule(nn.Module):
     def __init__(self, fused: bool) -> None:
         super().__init__()
         self.fused = fused
+        self._reading: _Reading | None = None
 
     def units(self) -> list[Unit]:
         """The children as stages, in order."""
@@ -59,13 +66,31 @@ class FusedModule(nn.Module):
     def has_residual(self) -> bool:
         return False
 
+    def _read(self) -> _Reading:
+        # Walking the tree anew for each call would take longer than a small block's kernels. The first dictionary is
+        # compared by identity: a replica of this module has one of its own.
+        kept = self._reading
+        if kept and kept.places[0] is self._modules and kept.holds():
+            return kept
+        modules = list(self.modules())
+        places = [m._modules for m in modules if m._modules]
+        children = [tuple(place.values()) for place in places]
+        reading = _Reading(places, children, [hooks for m in modules[1:] for hooks in _hooks(m)], self.units())
+        if not torch.compiler.is_compiling():
+            self._reading = reading
+        return reading
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_reading": None}
+
     def why_not_fused(self) -> str | None:
         """Why the children run one by one, or None where they run fused."""
+        reading = self._read()
         if not self.fused:
             return "built with fused=False"
-        if _child_has_hook(self):
+        if any(reading.hooks):
             return "a hook on a child"
-        for unit in self.units():
+        for unit in reading.units:
             reason = describe(unit).reason
             if reason:
                 return reason
@@ -73,9 +98,10 @@ class FusedModule(nn.Module):
 
     def call(self) -> Call | None:
         """The chain that the children are at this moment, or None where they run one by one."""
-        if not self.fused or _child_has_hook(self):
+        reading = self._read()
+        if not self.fused or any(reading.hooks):
             return None
-        units = self.units()
+        units = reading.units
         stages = [describe(unit).stage for unit in units]
         if None in stages:
             return None
