@@ -128,7 +128,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradients(ctx, dout: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     x, *rest = ctx.saved_tensors
     params, saved = rest[: ctx.count], rest[ctx.count :]
-    found = iter(_CHAIN_BACKWARD(dout, x, params, saved, ctx.spec, ctx.residual, needs, ctx.backend))
+    # The operator is there for graphs, modes and the second differentiation; past the dispatcher it is faster.
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    run = _CHAIN_BACKWARD if watched else _chain_backward
+    found = iter(run(dout, x, params, saved, ctx.spec, ctx.residual, needs, ctx.backend))
     return [next(found) if need else None for need in needs]
 
 
@@ -141,13 +144,13 @@ def _differentiate(ctx, dout: Tensor | None, _statistics, _saved):
 
 class ChainFunction(torch.autograd.Function):
     """The operator with the autograd that :func:`torch.library.register_autograd` gives it, at a tenth of the cost, for
-    eager calls outside autocast and torch.func. ``apply(spec, residual, backend, statistics, x, *params)`` returns the
-    output and appends the batch statistics to the list ``statistics``.
+    eager calls that nothing watches (:func:`mbn_kernels.functional.runs_directly`). ``apply(spec, residual, backend,
+    statistics, x, *params)`` returns the output and appends the batch statistics to the list ``statistics``.
     """
 
     @staticmethod
     def forward(ctx, spec: str, residual: bool, backend: str, statistics: list[Tensor], x: Tensor, *params: Tensor):
-        out, found, saved = CHAIN(x, params, spec, residual, True, backend)
+        out, found, saved = _chain(x, params, spec, residual, True, backend)
         statistics += found
         ctx.spec, ctx.residual, ctx.backend, ctx.count = spec, residual, backend, len(params)
         ctx.set_materialize_grads(False)
