@@ -33,9 +33,11 @@ MBN_INLINE PixelPlan pixel_plan(int64_t images, int64_t pixels, int64_t channels
   return p;
 }
 
+constexpr int64_t kGroupTiles = 16;
 struct PixelTile {
   int64_t image, vector, local_vector, begin, pixels;  // begin: first pixel, counted over all images
   int count;                                           // channels in the vector
+  bool ends_group;                                     // of kGroupTiles
 };
 
 // Runs begin(task), tile(tile) for each tile and vector, and end(task, image, first vector, vectors, chunk).
@@ -50,8 +52,9 @@ MBN_INLINE void for_pixels(const PixelPlan& p, const Begin& begin, const Tile& t
       auto state = begin(scratch, v1 - v0);
       for (int64_t at = first_pixel; at < last_pixel; at += p.tile_pixels) {
         const int64_t pixels = smaller(p.tile_pixels, last_pixel - at);
+        const bool ends_group = (at - first_pixel) / p.tile_pixels % kGroupTiles == kGroupTiles - 1;
         for (int64_t v = v0; v < v1; ++v) {
-          tile(state, PixelTile{image, v, v - v0, image * p.pixels + at, pixels, int(smaller(p.lanes, p.channels - v * p.lanes))});
+          tile(state, PixelTile{image, v, v - v0, image * p.pixels + at, pixels, int(smaller(p.lanes, p.channels - v * p.lanes)), ends_group});
         }
       }
       for (int64_t v = v0; v < v1; ++v) end(state, image * p.chunks + chunk, v, v - v0);
@@ -64,6 +67,22 @@ template <class Tile>
 MBN_INLINE void for_pixels(const PixelPlan& p, const Tile& tile) {
   for_pixels(
       p, [](Scratch&, int64_t) { return 0; }, [&](int, const PixelTile& t) { tile(t); }, [](int, int64_t, int64_t, int64_t) {});
+}
+
+// Sums over tiles, [sum of the group so far, sum of the groups] for each: one chain of a thousand additions would lose digits.
+template <class T>
+MBN_INLINE void add_tile(T* sums, int64_t i, Vec<T> v, bool ends_group) {
+  T* at = sums + i * 2 * kLanes<T>;
+  Vec<T> sum = load(at) + v;
+  if (ends_group) {
+    store(at + kLanes<T>, load(at + kLanes<T>) + sum);
+    sum = Vec<T>{};
+  }
+  store(at, sum);
+}
+template <class T>
+MBN_INLINE Vec<T> tiles_sum(const T* sums, int64_t i) {
+  return load(sums + i * 2 * kLanes<T>) + load(sums + (i * 2 + 1) * kLanes<T>);
 }
 
 template <class T>
@@ -82,7 +101,7 @@ void pool(const Pool<S>& p) {
   T* partials = take<T>(scratch, p.images * plan.chunks * p.channels);
   with_act(p.u.act, [&](auto act) {
     for_pixels(
-        plan, [&](Scratch& s, int64_t vectors) { return cleared<T>(s, vectors * L); },
+        plan, [&](Scratch& s, int64_t vectors) { return cleared<T>(s, vectors * 2 * L); },
         [&](T* sums, const PixelTile& t) {
           with_lanes<T>(t.count, [&](auto count) {
             const ValueLanes<S> lanes = value_lanes(p.u, t.image, p.channels, t.vector * L, count);
@@ -94,12 +113,11 @@ void pool(const Pool<S>& p) {
               odd += value_of<decltype(act)::act>(lanes, load(y + (i + 1) * p.channels, count));
             }
             if (i < t.pixels) even += value_of<decltype(act)::act>(lanes, load(y + i * p.channels, count));
-            T* sum = sums + t.local_vector * L;
-            store(sum, load(sum) + (even + odd));
+            add_tile<T>(sums, t.local_vector, even + odd, t.ends_group);
           });
         },
         [&](T* sums, int64_t chunk, int64_t v, int64_t local) {
-          store(partials + chunk * p.channels + v * L, load(sums + local * L), int(smaller(int64_t{L}, p.channels - v * L)));
+          store(partials + chunk * p.channels + v * L, tiles_sum<T>(sums, local), int(smaller(int64_t{L}, p.channels - v * L)));
         });
   });
   merge_sums<T>(p.images, plan.chunks, 1, p.channels, partials, p.pooled);
@@ -156,7 +174,7 @@ MBN_INLINE void reduce_gradient_of(const ReduceGradient<S>& p) {
   T* partials = take<T>(scratch, p.images * plan.chunks * Q * p.channels);
   with_act(p.u.act, [&](auto act) {
     for_pixels(
-        plan, [&](Scratch& s, int64_t vectors) { return cleared<T>(s, vectors * Q * L); },
+        plan, [&](Scratch& s, int64_t vectors) { return cleared<T>(s, vectors * Q * 2 * L); },
         [&](T* sums, const PixelTile& t) {
           with_lanes<T>(t.count, [&](auto count) {
             const SumLanes<S> lanes = sum_lanes(p.u, p.sums, t.vector * L, count);
@@ -166,14 +184,13 @@ MBN_INLINE void reduce_gradient_of(const ReduceGradient<S>& p) {
               const int64_t j = at + i * p.channels;
               accumulate<decltype(act)::act>(sum, lanes, load(p.dv + j, count), load(p.u.y + j, count));
             }
-            T* into = sums + t.local_vector * Q * L;
-            for (int q = 0; q < Q; ++q) store(into + q * L, load(into + q * L) + sum.at[q]);
+            for (int q = 0; q < Q; ++q) add_tile<T>(sums, t.local_vector * Q + q, sum.at[q], t.ends_group);
           });
         },
         [&](T* sums, int64_t chunk, int64_t v, int64_t local) {
           const int count = int(smaller(int64_t{L}, p.channels - v * L));
           SumVectors<S, Q> sum;
-          for (int q = 0; q < Q; ++q) sum.at[q] = load(sums + (local * Q + q) * L);
+          for (int q = 0; q < Q; ++q) sum.at[q] = tiles_sum<T>(sums, local * Q + q);
           store_sums(sum, sum_lanes(p.u, p.sums, v * L, count), partials, chunk, p.channels, v * L, count);
         });
   });
