@@ -12,7 +12,7 @@
 namespace mbn {
 namespace MBN_ISA {
 
-constexpr int64_t kProjectRows = 48;  // rows of a project task: the finest even share for few threads at 14 x 14
+constexpr int64_t kProjectRows = 49;  // rows of a project task: an even share for 2 or 4 threads at 14 x 14, and five tiles of 9 or 10 rows
 
 template <class S>
 struct EvaluatePlan {
@@ -241,14 +241,15 @@ void evaluate(const Evaluate<S>& p) {
   using T = Accumulate<S>;
   const int64_t out_pixels = p.out_height * p.out_width;
   const bool spatial = p.depthwise.weight != nullptr, projects = p.project.weight != nullptr, gated = p.squeeze > 0;
-  EvaluatePlan<S> plan = {p, panel_count<T>(p.channels), 1, out_pixels, ceil_div(out_pixels, kProjectRows), 0, 0};
+  EvaluatePlan<S> plan = {p, panel_count<T>(p.channels), 1, out_pixels, even_count(ceil_div(out_pixels, kProjectRows), out_pixels / 24), 0, 0};
   if (spatial) {
     const Window& w = p.window;
     plan.bands = larger<int64_t>(1, smaller(ceil_div(8, plan.panels), p.out_height / 8));  // eight units an image, bands of at least eight rows
     plan.ring_rows = (w.kernel_h - 1) * w.dilation_h + 1;
     plan.ring_columns = (p.out_width - 1) * w.stride_w + (w.kernel_w - 1) * w.dilation_w + 1;
   }
-  const int64_t units = spatial ? plan.panels * plan.bands : 0;
+  // A unit takes as many slots as it has vectors: so many slots, not units, are an even share of the work.
+  const int64_t slots = spatial ? ceil_div(p.channels, kLanes<T>) * plan.bands : 0;
   const int64_t x_channels = p.expand.weight ? p.in_channels : spatial ? 0 : p.channels;  // what a product reads of x
   const int64_t x_size = panel_count<T>(x_channels) * p.height * p.width * kPanel<T>;
   const int64_t mid_size = spatial && projects ? plan.panels * out_pixels * kPanel<T> : 0;
@@ -261,8 +262,10 @@ void evaluate(const Evaluate<S>& p) {
         pack_rows(p.x + n * rows * x_channels, x_channels, rows, i * block, smaller(rows, (i + 1) * block), x_panels);
       });
     }
-    run(units, [&](int64_t i) {
-      const int64_t panel = i / plan.bands, band = i % plan.bands;
+    run(slots, [&](int64_t slot) {
+      const int64_t panel = slot / (kPanelVectors * plan.bands), vectors_of = panel_vectors<T>(p.channels, panel * kPanel<T>);
+      const int64_t at = slot - panel * kPanelVectors * plan.bands, band = at / vectors_of;
+      if (at % vectors_of != 0) return;
       depthwise_unit(plan, x_panels, n, panel, band * p.out_height / plan.bands, (band + 1) * p.out_height / plan.bands, mid,
                      gated ? sums + band * p.channels : nullptr);
     });
