@@ -1,8 +1,7 @@
 """Fused depthwise convolution, batch norm, activation and squeeze-excite for MobileNets in PyTorch."""
 
 from . import functional
-from .backends import available_backends, use_backend
-from .backends.cpu import empty_cache
+from .backends import available_backends, empty_cache, use_backend
 from .modules import (
     FusedDepthwiseConvBNAct,
     FusedDepthwiseSeparable,

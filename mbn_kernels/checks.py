@@ -68,7 +68,9 @@ def check_beside(op: str, name: str, t: Tensor, x: Tensor) -> None:
         fail(op, name, f"{x.dtype}{also} for x of {x.dtype}", t.dtype, TypeError)
 
 
-def check_chain(op: str, x: Tensor, stages: Sequence[Stage], params: Sequence[Tensor], residual: bool):
+def check_chain(
+    op: str, x: Tensor, stages: Sequence[Stage], params: Sequence[Tensor], residual: bool
+) -> tuple[int, ...]:
     """Checks every tensor of a chain against its stages: rank, shape, dtype, device, layout; returns the output's
     shape.
     """

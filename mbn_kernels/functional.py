@@ -51,10 +51,11 @@ def update_running(running: Sequence[Running], statistics: Sequence[Tensor], val
         into += r.mean, r.var
         batch += mean, var
     for momentum, (into, batch) in groups.items():
-        if all(a.dtype == b.dtype for a, b in zip(into, batch, strict=True)):
+        distinct = len({id(a) for a in into}) == len(into)  # one batch norm may stand in two stages
+        if distinct and all(a.dtype == b.dtype for a, b in zip(into, batch, strict=True)):
             torch._foreach_mul_(into, 1 - momentum)
             torch._foreach_add_(into, batch, alpha=momentum)
-        else:  # stored in fewer digits: rounded once, at the end
+        else:  # one after the other; where fewer digits are stored, rounded once, at the end
             for a, b in zip(into, batch, strict=True):
                 a.copy_((a.to(b.dtype) * (1 - momentum)).add_(b, alpha=momentum))
 

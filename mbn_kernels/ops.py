@@ -62,7 +62,9 @@ def evaluate_chains(
         raise
 
 
-def _check(parsed: chain.Chain, chosen: backends.Backend, backend: str, x: Tensor, params, residual: bool):
+def _check(
+    parsed: chain.Chain, chosen: backends.Backend, backend: str, x: Tensor, params, residual: bool
+) -> tuple[int, ...]:
     shape = check_chain(parsed.name, x, parsed.stages, params, residual)
     unsupported = chosen.supports(x.device, x.dtype)
     if unsupported:

@@ -23,6 +23,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def needs_cpu() -> None:
+    reason = mbn_kernels.available_backends()["cpu"]
+    if reason != "available":
+        pytest.skip(reason)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """An output element that no kernel writes stays NaN, and the test that compares it fails."""

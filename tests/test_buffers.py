@@ -19,9 +19,7 @@ MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def empty() -> Iterator[None]:
-    if mbn_kernels.available_backends()["cpu"] != "available":
-        pytest.skip("the cpu backend is not built")
+def empty(needs_cpu: None) -> Iterator[None]:
     gc.collect()
     mbn_kernels.empty_cache()
     yield

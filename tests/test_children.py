@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import stock
+import torch
 from stock import assert_same, make_input, step, twin_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -171,3 +172,15 @@ def test_an_activation_may_be_another(backend: str) -> None:
         m.layers[0][2], m.layers[1][2], m.layers[2].excitation[1] = nn.SiLU(), nn.ReLU6(), nn.Hardswish()
     assert module.why_not_fused() is None
     assert_same(step(module, make_input()), step(twin, make_input()))
+
+
+def test_one_batch_norm_in_two_stages(backend: str) -> None:
+    """Its running statistics take the two batches in one after the other, as in stock."""
+    module, twin = block(), twin_of(block())
+    for m in (module, twin):
+        assert m.layers[0][1].num_features == m.layers[1][1].num_features
+        m.layers[1][1] = m.layers[0][1]
+    assert module.why_not_fused() is None
+    assert_same(step(module, make_input()), step(twin, make_input()))
+    for a, b in zip(module.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import mbn_kernels
 from mbn_kernels.backends import cpu
 
+pytestmark = pytest.mark.usefixtures("needs_cpu")
 TESTS = Path(__file__).parent
 WHAT = "cpu and (matches_the_oracle or odd_chain or block_geometry or same_bits or large_mean or special_values)"
 
@@ -23,12 +23,6 @@ def python(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess
     environment["MBN_CPU_ISA"] = instruction_set
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
-
-
-@pytest.fixture(autouse=True)
-def built() -> None:
-    if mbn_kernels.available_backends()["cpu"] != "available":
-        pytest.skip("the cpu backend is not built")
 
 
 @pytest.mark.parametrize("instruction_set", ("avx512", "avx2", "baseline"))

@@ -171,9 +171,7 @@ def allocations(monkeypatch: pytest.MonkeyPatch, f: Callable[[], object]) -> lis
 
 
 @pytest.mark.parametrize("signature, size", GATED[1:] + OTHER, ids=lambda v: str(v))
-def test_evaluation_never_stores_the_expanded_tensor(monkeypatch, signature: tuple, size: int) -> None:
-    if mbn_kernels.available_backends()["cpu"] != "available":
-        pytest.skip("the cpu backend is not built")
+def test_evaluation_never_stores_the_expanded_tensor(needs_cpu, monkeypatch, signature: tuple, size: int) -> None:
     fused = FusedInvResBlock(*signature).eval()
     x = torch.randn(2, signature[0], size, size)
     with mbn_kernels.use_backend("cpu"), torch.no_grad():
@@ -182,10 +180,8 @@ def test_evaluation_never_stores_the_expanded_tensor(monkeypatch, signature: tup
 
 
 @pytest.mark.parametrize("wanted", ("everything", "input", "parameters"))
-def test_backward_allocates_what_it_returns(monkeypatch, wanted: str) -> None:
+def test_backward_allocates_what_it_returns(needs_cpu, monkeypatch, wanted: str) -> None:
     """One gradient per stored tensor, in the compiled backend; none of the input's size where it is not wanted."""
-    if mbn_kernels.available_backends()["cpu"] != "available":
-        pytest.skip("the cpu backend is not built")
     signature, size = GATED[0]
     fused = FusedInvResBlock(*signature).requires_grad_(wanted != "input")
     x = torch.randn(2, signature[0], size, size, requires_grad=wanted != "parameters")

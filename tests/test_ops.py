@@ -110,13 +110,6 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.flo
     return found
 
 
-@pytest.fixture
-def needs_cpu() -> None:
-    reason = mbn_kernels.available_backends()["cpu"]
-    if reason != "available":
-        pytest.skip(reason)
-
-
 def test_opcheck_kernels(needs_cpu, monkeypatch) -> None:
     calls = kernel_calls(monkeypatch)
     assert calls.keys() == schemas.KERNEL_SCHEMAS.keys()

@@ -21,9 +21,7 @@ TENSORS = tuple(n for n in FusedInvResBlock(*SIGNATURE).state_dict() if not n.en
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    if mbn_kernels.available_backends()["cpu"] != "available":
-        pytest.skip("the cpu backend is not built")
+def fresh(needs_cpu: None) -> Iterator[None]:
     gc.collect()
     mbn_kernels.empty_cache()
     with torch.no_grad(), mbn_kernels.use_backend("cpu"):

@@ -43,10 +43,8 @@ def sequences(modules: list[nn.Module] | None = None) -> tuple[FusedSequential, 
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def calls(needs_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many chains each call of the CPU backend's ``evaluate`` has."""
-    if mbn_kernels.available_backends()["cpu"] != "available":
-        pytest.skip("the cpu backend is not built")
     found: list[int] = []
     evaluate = backends.cpu.CpuKernels.evaluate
 

@@ -43,6 +43,12 @@ def available_backends() -> dict[str, str]:
     return {name: backend.missing or "available" for name, backend in _BACKENDS.items()}
 
 
+def empty_cache() -> None:
+    """Gives memory back that the CPU kernels keep for later calls: that of former activations, and packed weights."""
+    if _BACKENDS["cpu"].missing is None:
+        cpu.empty_cache()
+
+
 def get(name: str) -> Backend:
     """The backend of that name; ValueError for an unknown one, RuntimeError for one that cannot be used here."""
     if name not in _BACKENDS:

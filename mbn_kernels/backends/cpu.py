@@ -52,7 +52,7 @@ def instruction_set() -> str:
 
 
 def empty_cache() -> None:
-    """Gives memory back that the CPU kernels keep for later calls: that of former activations, and packed weights."""
+    """See :func:`mbn_kernels.empty_cache`."""
     _packed_chains.clear()
     _ops.cpu_empty_cache()
 
