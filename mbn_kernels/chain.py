@@ -184,9 +184,12 @@ class Norm(NamedTuple):
 class Kernels(Protocol):
     """What a backend implements. Activations are channels-last; per-channel numbers are in :func:`accumulate_dtype`.
 
-    ``forward`` kernels return (y, mean, biased var), the last two None unless ``statistics``. ``backward`` kernels
-    return (du, sums, dweight), each None where not wanted; ``du`` is the gradient of the value ``u`` plus
-    ``residual``, and ``sums`` are those of :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
+    ``forward`` kernels return (y, statistics of y, or None unless ``statistics``). ``backward`` kernels return (du,
+    sums, dweight), each None where not wanted; ``du`` is the gradient of the value ``u`` plus ``residual``, and
+    ``sums`` are those of :meth:`reduce_gradient` at ``u``, whose stage has ``norm``.
+
+    Statistics and sums are the backend's own: whole or in parts, as its ``batch_norm``, ``norm_backward`` and
+    ``gate_backward`` take them.
     """
 
     def evaluates(self, chain: Chain, residual: bool) -> bool:
@@ -207,21 +210,24 @@ class Kernels(Protocol):
     def gate_forward(self, pooled: Tensor, p: dict, acts: tuple[str, str]) -> Tensor:
         """``gate_act(act(pooled w1^T + b1) w2^T + b2)``: ``[N, C]``."""
 
-    def gate_backward(self, dgate: Tensor, pooled: Tensor, p: dict, acts: tuple[str, str]):
-        """(gradient of pooled, {"w1": …, "b1": …, "w2": …, "b2": …})."""
+    def gate_backward(self, sums, pooled: Tensor, p: dict, acts: tuple[str, str]):
+        """(gradient of pooled, {"w1": …, "b1": …, "w2": …, "b2": …}) from the sums of the gated stage."""
 
-    def norm_forward(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """The rows of :class:`Norm`: ``[4, C]``."""
+    def batch_norm(self, statistics, count: int, weight: Tensor | None, bias: Tensor | None, eps: float):
+        """(the rows of :class:`Norm` ``[4, C]``, mean, unbiased var) from the statistics of ``count`` values."""
 
-    def norm_backward(self, sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
+    def running_norm(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """The rows of :class:`Norm` from running statistics."""
+
+    def norm_backward(self, sums, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
         """(gradient of weight, gradient of bias, b, c) from the stage's sums; with running statistics ``count`` and so
         b and c are None.
         """
 
     def materialize(self, u: Value, residual: Tensor | None) -> Tensor: ...
     def materialize_gradient(self, g: Gradient, residual: Tensor | None) -> Tensor: ...
-    def reduce_gradient(self, dv: Tensor, u: Value, norm: Norm | None) -> Tensor:
-        """With d = act'(n): ``[2, C]`` sums of dv*d and dv*d*x; with a gate ``[5, N, C]`` sums of dv*act(n), dv*d, d,
+    def reduce_gradient(self, dv: Tensor, u: Value, norm: Norm | None):
+        """The sums of a stage's backward. With d = act'(n): ``[2, C]`` sums of dv*d and dv*d*x; with a gate ``[5, N, C]`` sums of dv*act(n), dv*d, d,
         dv*d*x, d*x.
         """
 
@@ -245,19 +251,17 @@ def forward(
     for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
         batch = stage.norm == "batch"
         if stage.conv == "pointwise":
-            y, mean, var = kernels.pointwise_forward(u, p["weight"], batch)
+            y, found = kernels.pointwise_forward(u, p["weight"], batch)
         elif stage.conv == "depthwise":
-            y, mean, var = kernels.depthwise_forward(u, p["weight"], stage, batch)
+            y, found = kernels.depthwise_forward(u, p["weight"], stage, batch)
         else:
-            y, mean, var = u.y, None, None
+            y, found = u.y, None
         if stage.conv != "none" and save:
             saved.append(y)
-        if batch:
-            count = y.numel() // max(y.shape[1], 1)
-            statistics += [mean, var * (count / (count - 1) if count > 1 else float("nan"))]
         u = Value(y, act=stage.act)
         if stage.norm != "none":
-            rows = _norm(kernels, stage, p, mean, var, accumulate_dtype(x.dtype))
+            rows, *mean_and_var = _norm(kernels, stage, p, y, found)
+            statistics += mean_and_var
             u = Value(y, *rows[:2].unbind(0), stage.act)
             if save:
                 saved.append(rows)
@@ -269,11 +273,14 @@ def forward(
     return kernels.materialize(u, x if residual else None), statistics, saved
 
 
-def _norm(kernels: Kernels, stage: Stage, p: dict, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
+def _norm(kernels: Kernels, stage: Stage, p: dict, y: Tensor, statistics) -> tuple[Tensor, ...]:
+    """(rows,), or (rows, mean, unbiased var) where the statistics are the batch's."""
+    dtype = accumulate_dtype(y.dtype)
+    weight, bias = (p["bn_weight"].to(dtype), p["bn_bias"].to(dtype)) if stage.affine else (None, None)
     if stage.norm == "running":
         mean, var = p["running_mean"].to(dtype), p["running_var"].to(dtype)
-    weight, bias = (p["bn_weight"].to(dtype), p["bn_bias"].to(dtype)) if stage.affine else (None, None)
-    return kernels.norm_forward(mean, var, weight, bias, stage.eps)
+        return (kernels.running_norm(mean, var, weight, bias, stage.eps),)
+    return kernels.batch_norm(statistics, y.numel() // max(y.shape[1], 1), weight, bias, stage.eps)
 
 
 class _Point(NamedTuple):
@@ -337,14 +344,14 @@ def backward(
 
 
 def _through_norm(
-    kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums: Tensor
+    kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums
 ) -> tuple[Gradient, dict]:
     """From the gradient of a stage's value and its sums: the gradient of its raw output, and those of its norm and
     gate.
     """
     value, found, q = point.value, {}, None
     if stage.gate:
-        dpooled, found = kernels.gate_backward(sums[0], point.pooled, p, stage.gate)
+        dpooled, found = kernels.gate_backward(sums, point.pooled, p, stage.gate)
         q = dpooled / (value.y.shape[2] * value.y.shape[3])
     if point.norm is None:
         return Gradient(dv, value, q), found

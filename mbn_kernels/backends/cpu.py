@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import schemas  # noqa: F401  (the library implements these schemas)
 from ..activations import ACTIVATIONS
 from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype
-from .reference import empty_channels_last
+from .reference import empty_channels_last, unbiased
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -153,21 +153,21 @@ class CpuKernels:
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
         n, _, h, w = u.y.shape
-        y, mean, var = self._forward_outputs(u.y, (n, weight.shape[0], h, w), statistics)
-        _ops.pointwise_forward(*_value(u), weight, y, mean, var)
-        return y, mean, var
+        y, found = self._forward_outputs(u.y, (n, weight.shape[0], h, w), statistics)
+        _ops.pointwise_forward(*_value(u), weight, y, *found)
+        return y, found
 
     def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool):
-        y, mean, var = self._forward_outputs(u.y, stage.output_shape(u.y.shape, weight.shape), statistics)
-        _ops.depthwise_forward(*_value(u), weight, stage.stride, stage.padding, stage.dilation, y, mean, var)
-        return y, mean, var
+        y, found = self._forward_outputs(u.y, stage.output_shape(u.y.shape, weight.shape), statistics)
+        _ops.depthwise_forward(*_value(u), weight, stage.stride, stage.padding, stage.dilation, y, *found)
+        return y, found
 
     @staticmethod
     def _forward_outputs(like: Tensor, shape: tuple[int, ...], statistics: bool):
         y = _empty(like, shape)
         if not statistics:
-            return y, None, None
-        return y, _vectors(like, shape[1]), _vectors(like, shape[1])
+            return y, (None, None)
+        return y, (_vectors(like, shape[1]), _vectors(like, shape[1]))
 
     def evaluates(self, chain: Chain, residual: bool) -> bool:
         return _evaluates(chain, residual)
@@ -199,9 +199,9 @@ class CpuKernels:
     def gate_forward(self, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) -> Tensor:
         return self.materialize(self._gate_layers(pooled, p, acts)[2], None).flatten(1)
 
-    def gate_backward(self, dgate: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]):
+    def gate_backward(self, sums: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]):
         squeezed, hidden, logits, w1, w2 = self._gate_layers(pooled, p, acts)  # small: recomputed, not saved
-        dgate = dgate[:, :, None, None]
+        dgate = sums[0][:, :, None, None]
         db2 = self.reduce_gradient(dgate, logits, None)[0]
         wants = (True, True, True)
         dhidden, sums, dw2 = self.pointwise_backward(Gradient(dgate, logits), w2, hidden, None, None, *wants)
@@ -217,7 +217,11 @@ class CpuKernels:
         logits = Value(self.pointwise_forward(hidden, w2, False)[0], torch.ones_like(b2), b2, acts[1])
         return squeezed, hidden, logits, w1, w2
 
-    def norm_forward(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def batch_norm(self, statistics, count: int, weight: Tensor | None, bias: Tensor | None, eps: float):
+        mean, var = statistics
+        return self.running_norm(mean, var, weight, bias, eps), mean, unbiased(var, count)
+
+    def running_norm(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         norm = _vectors(mean, 4, mean.shape[0])
         _ops.norm_forward(mean, var, weight, bias, eps, norm)
         return norm

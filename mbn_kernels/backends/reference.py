@@ -57,13 +57,13 @@ def gate_forward(pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) ->
 
 
 def gate_backward(
-    dgate: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]
+    sums: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     # The two layers are recomputed: they are (N, C) small, and so nothing but `pooled` is saved for them.
     w1, b1, w2, b2 = _gate_parameters(pooled, p)
     hidden = F.linear(pooled, w1, b1)
     active = ACTIVATIONS[acts[0]].value(hidden)
-    dlogits = dgate * ACTIVATIONS[acts[1]].derivative(F.linear(active, w2, b2))
+    dlogits = sums[0] * ACTIVATIONS[acts[1]].derivative(F.linear(active, w2, b2))
     dhidden = (dlogits @ w2) * ACTIVATIONS[acts[0]].derivative(hidden)
     found = {"w1": dhidden.T @ pooled, "b1": dhidden.sum(0), "w2": dlogits.T @ active, "b2": dlogits.sum(0)}
     return dhidden @ w1, found
@@ -74,11 +74,22 @@ def _gate_parameters(pooled: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, ...]
     return w1.flatten(1), b1, w2.flatten(1), b2
 
 
-def norm_forward(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def running_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     rstd = torch.rsqrt(var + eps)
     scale = rstd if weight is None else weight * rstd
     shift = -mean * scale if bias is None else bias - mean * scale
     return torch.stack([scale, shift, mean, rstd])
+
+
+def unbiased(var: Tensor, count: int) -> Tensor:
+    return var * (count / (count - 1) if count > 1 else float("nan"))
+
+
+def batch_norm(
+    statistics: tuple[Tensor, Tensor], count: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = statistics
+    return running_norm(mean, var, weight, bias, eps), mean, unbiased(var, count)
 
 
 def norm_backward(sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
@@ -100,7 +111,8 @@ class ReferenceKernels:
 
     gate_forward = staticmethod(gate_forward)
     gate_backward = staticmethod(gate_backward)
-    norm_forward = staticmethod(norm_forward)
+    batch_norm = staticmethod(batch_norm)
+    running_norm = staticmethod(running_norm)
     norm_backward = staticmethod(norm_backward)
 
     def evaluates(self, chain: Chain, residual: bool) -> bool:
@@ -124,10 +136,10 @@ class ReferenceKernels:
     def _with_statistics(like: Tensor, result: Tensor, statistics: bool):
         y = _stored(like, result)
         if not statistics:
-            return y, None, None
+            return y, None
         kept = y.to(result.dtype)  # the statistics are those of the stored numbers
         mean = kept.mean((0, 2, 3))
-        return y, mean, (kept - _over_channels(mean)).square().mean((0, 2, 3))  # of no values NaN, without a warning
+        return y, (mean, (kept - _over_channels(mean)).square().mean((0, 2, 3)))  # of no values NaN, without a warning
 
     def pool(self, u: Value) -> Tensor:
         return value(u).mean((2, 3))
