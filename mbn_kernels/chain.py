@@ -192,6 +192,8 @@ class Kernels(Protocol):
     ``gate_backward`` take them.
     """
 
+    evaluate_checks: bool  # whether `evaluate` takes unchecked arguments, with a RuntimeError for those that do not fit
+
     def evaluates(self, chain: Chain, residual: bool) -> bool:
         """Whether :meth:`evaluate` runs this chain; every stage then normalises by its running statistics."""
 
@@ -199,7 +201,7 @@ class Kernels(Protocol):
         self, x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], residuals: tuple[bool, ...]
     ) -> Tensor:
         """Whole chains, one behind the other, in one call, where nothing is saved for backward; ``flat`` holds the
-        parameters of all. It takes unchecked arguments and raises RuntimeError for those that do not fit.
+        parameters of all.
         """
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool): ...

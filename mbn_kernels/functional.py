@@ -76,7 +76,7 @@ def run_chain(
         running: for each stage that uses batch statistics, the running ones to update in place.
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
-    backend, direct = backends.choose(x.device), runs_directly(x)
+    backend, direct = backends.choose(x.device, x.dtype), runs_directly(x)
     if direct and save:
         statistics: list[Tensor] = []
         out = ops.ChainFunction.apply(spec, residual, backend, statistics, x, *params)

@@ -52,13 +52,20 @@ def evaluate_chains(
     """Chains that the backend evaluates, one behind the other, in one call outside of autograd."""
     chosen = backends.get(backend)
     flat = [p for own in params for p in own]
+
+    def check() -> None:
+        given = x
+        for parsed, own, residual in zip(chains, params, residuals, strict=True):
+            shape = _check(parsed, chosen, backend, given, own, residual)
+            given = x.new_empty(1).expand(shape)  # only its shape is looked at
+
+    if not chosen.kernels.evaluate_checks:
+        check()
     try:
         return chosen.kernels.evaluate(x, chains, flat, residuals)
     except Exception:
-        # The kernel checks everything itself; only where it refuses is it worth finding the best words.
-        for parsed, own, residual in zip(chains, params, residuals, strict=True):
-            shape = _check(parsed, chosen, backend, x, own, residual)
-            x = x.new_empty(1).expand(shape)  # only its shape is looked at
+        # A kernel that checks everything itself says less; only where it refuses is it worth finding the best words.
+        check()
         raise
 
 

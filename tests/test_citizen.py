@@ -270,23 +270,23 @@ def test_data_parallel_style_replicas_share_no_state(backend: str) -> None:
 
 def test_use_backend() -> None:
     cpu = torch.device("cpu")
-    default = backends.choose(cpu)
+    default = backends.choose(cpu, torch.float32)
     with mbn_kernels.use_backend("reference"):
-        assert backends.choose(cpu) == "reference"
+        assert backends.choose(cpu, torch.float32) == "reference"
         with mbn_kernels.use_backend(None):
-            assert backends.choose(cpu) == default
-        assert backends.choose(cpu) == "reference"
-    assert backends.choose(cpu) == default
+            assert backends.choose(cpu, torch.float32) == default
+        assert backends.choose(cpu, torch.float32) == "reference"
+    assert backends.choose(cpu, torch.float32) == default
     mbn_kernels.use_backend("reference")
-    assert backends.choose(cpu) == "reference"
+    assert backends.choose(cpu, torch.float32) == "reference"
     mbn_kernels.use_backend(None)
-    assert backends.choose(cpu) == default == "cpu"
+    assert backends.choose(cpu, torch.float32) == default == "cpu"
 
 
 def test_use_backend_leaves_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), mbn_kernels.use_backend("reference"):
         raise ZeroDivisionError
-    assert backends.choose(torch.device("cpu")) == "cpu"
+    assert backends.choose(torch.device("cpu"), torch.float32) == "cpu"
     with pytest.raises(ValueError, match=r"use_backend: name: expected one of .*, got 'other'"):
         mbn_kernels.use_backend("other")
-    assert backends.choose(torch.device("cpu")) == "cpu"
+    assert backends.choose(torch.device("cpu"), torch.float32) == "cpu"

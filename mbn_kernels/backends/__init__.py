@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..chain import Kernels
-from . import cpu
+from . import cpu, triton
 from .reference import ReferenceKernels
 
 
@@ -34,6 +34,7 @@ def _cpu_supports(device: torch.device, dtype: torch.dtype) -> str | None:
 _BACKENDS = {
     "reference": Backend(ReferenceKernels(), None, _reference_supports),
     "cpu": Backend(cpu.CpuKernels(), cpu.load(), _cpu_supports),
+    "triton": Backend(*triton.load(), triton.supports),
 }
 _chosen: str | None = None
 
@@ -82,24 +83,28 @@ class use_backend:
         _chosen = self._former
 
 
-def choose(device: torch.device) -> str:
-    """The name of the backend for tensors on that device."""
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend for tensors like these."""
     if _chosen is not None:
         return _chosen
     if device.type == "cpu":
         return "cpu"
-    _warn_reference(device.type)
+    triton = _BACKENDS["triton"]
+    reason = triton.missing or triton.supports(device, dtype)
+    if not reason:
+        return "triton"
+    _warn_reference(device.type, dtype, reason)
     return "reference"
 
 
-_warned: set[str] = set()
+_warned: set[tuple[str, torch.dtype]] = set()
 
 
-def _warn_reference(device_type: str) -> None:
-    if device_type not in _warned and not torch.compiler.is_compiling():
-        _warned.add(device_type)
+def _warn_reference(device_type: str, dtype: torch.dtype, reason: str) -> None:
+    if (device_type, dtype) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((device_type, dtype))
         warnings.warn(
-            f"mbn_kernels has no {device_type} kernels in this version: tensors there run the reference backend, "
-            "plain PyTorch, which is no faster than stock",
+            f"mbn_kernels: {dtype} on {device_type} runs the reference backend, plain PyTorch, which is no faster than "
+            f"stock: backend 'triton' expected {reason}",
             stacklevel=4,
         )

@@ -22,7 +22,7 @@ class FusedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
             return super().forward(x)
-        backend, waiting = backends.choose(x.device), []
+        backend, waiting = backends.choose(x.device, x.dtype), []
         for child in self._modules.values():
             call = child.call() if isinstance(child, FusedModule) and not has_hook(child) else None
             if call and not call.running and evaluates(call.spec, call.residual, backend):

@@ -1,0 +1,179 @@
+"""Tile sizes: for each kernel the few that are worth trying for a shape, the likely best first, eight at most.
+
+The first is what runs where nothing was measured (:mod:`tuning`). It is chosen so that the kernel does not spill on any
+GPU from sm_80 on: a test compiles all of them. The others differ in one thing each: half the rows, for twice the
+programs; twice; fewer or more warps for the same tile; narrower blocks, read more often but with more programs on a
+multiprocessor; one stage of prefetching more.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .launch import PROGRAMS, cdiv, multiprocessors, power_of_2
+
+#: Tests make it small, so that tiny tensors take many tiles and end in the middle of one.
+largest_block = 1 << 20
+
+
+class Config(NamedTuple):
+    """Constants of a kernel by name, how many warps share a program, how many tiles it loads ahead, and, of a depthwise
+    kernel, the steps of a strip.
+    """
+
+    blocks: dict[str, int]
+    warps: int = 4
+    stages: int = 3
+    strip: int = 0
+
+    def arguments(self) -> dict:
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def _block(n: int, least: int, most: int) -> int:
+    """A power of two that covers n where ``most`` allows it."""
+    return max(min(power_of_2(n), most, largest_block), least)
+
+
+def _distinct(configs: list[Config]) -> list[Config]:
+    return [c for i, c in enumerate(configs) if c not in configs[:i]]
+
+
+# One walk over a tensor -----------------------------------------------------------------------------------------------
+
+
+def elementwise(channels: int, pixels: int) -> list[Config]:
+    """Whole rows of channels where they fit, as memory is then read in one run; two 16-byte loads a thread and tensor,
+    or half or twice of it.
+    """
+    c = _block(channels, 8, 128)
+    return _distinct(
+        [
+            Config({"CHANNELS": c, "ROWS": _block(pixels, 1, max(elements // c, 1))}, warps)
+            for elements, warps in ((2048, 4), (1024, 4), (4096, 8))
+        ]
+    )
+
+
+def merge(channels: int, parts: int) -> Config:
+    """Few channels a program, as there are few channels and many parts."""
+    return Config({"CHANNELS": _block(channels, 1, 16), "PARTS": _block(parts, 1, 128)})
+
+
+def sum_parts(size: int, parts: int) -> Config:
+    return Config({"CHANNELS": _block(size, 1, 128), "PARTS": _block(parts, 1, 16)})
+
+
+# 1x1 convolutions -----------------------------------------------------------------------------------------------------
+
+# What a thread can hold is a number of float32 registers, about two for each number of these sums that it has of a tile;
+# the limits leave room for addresses and let two programs or more share a multiprocessor without spilling.
+_MOST = 80
+_MOST_BACKWARD = 96
+
+
+def _plain(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products run on the ordinary float32 units, which need small tiles."""
+    return dtype == torch.float32 and precision == "ieee"
+
+
+def _product(pixels: int, rows: int, blocks: dict, numbers, most: int, stages: int) -> list[Config]:
+    """The most rows, up to ``rows``, for which the numbers of a tile fit in eight warps, and what may beat them."""
+    while rows > 16 and numbers(rows) > most * 256:
+        rows //= 2
+
+    def config(rows: int, stages: int = stages, more_warps: int = 1) -> Config:
+        rows = _block(pixels, 16, rows)
+        warps = (4 if numbers(rows) <= most * 128 else 8) * more_warps
+        return Config({**blocks, "ROWS": rows, "STAGES": stages}, min(warps, 8), stages)
+
+    return _distinct(
+        [config(rows), config(rows // 2), config(2 * rows), config(rows, stages + 1), config(rows, more_warps=2)]
+    )
+
+
+def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:
+    plain, found = _plain(dtype, precision), []
+    i = _block(inner, 16, 32 if plain else 64)
+    # A narrow input is cheap to read twice; a wide one is read once where a tile can be as wide as the output.
+    widest = 64 if plain else 128 if i >= inner or outer <= 128 else 256
+    for most in (widest, widest // 2):
+        o = _block(outer, 16, most)
+        blocks = {"IN_BLOCK": i, "OUT_BLOCK": o, "ONE_BLOCK": i >= inner}
+        found.append(_product(pixels, 64 if plain else 128, blocks, lambda rows, o=o: rows * (i + 2 * o), _MOST, 3))
+    return _distinct(found[0] + found[1][:3])
+
+
+def holds(outer: int, dtype: torch.dtype, precision: str) -> bool:
+    """Whether one block of a backward program can have all output channels, and so make dweight on the way."""
+    return outer <= min(64 if _plain(dtype, precision) else 256, largest_block)
+
+
+def pointwise_backward(
+    pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str, together: bool, sums: int
+) -> list[Config]:
+    """``sums``: how many are taken, 0, 2 or 5."""
+    plain, found = _plain(dtype, precision), []
+    o = _block(outer, 16, 256 if together else 32 if plain else 64)
+
+    def numbers(rows: int, i: int) -> int:
+        of_du, of_dy = {0: 2, 2: 4, 5: 6}[sums], 1 if together else 2
+        return rows * i * of_du + rows * o * of_dy + (o * i if together else 0)
+
+    i = _block(inner, 16, 64 if plain else 128)
+    while i > 16 and numbers(32, i) > _MOST_BACKWARD * 256:
+        i //= 2
+    for i in (i, max(i // 2, 16)):
+        blocks = {"IN_BLOCK": i, "OUT_BLOCK": o, "ONE_BLOCK": o >= outer}
+        rows = 32 if plain else 64
+        found.append(_product(pixels, rows, blocks, lambda rows, i=i: numbers(rows, i), _MOST_BACKWARD, 2))
+    return _distinct(found[0] + found[1][:3])
+
+
+def pointwise_weight(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:
+    plain, found = _plain(dtype, precision), []
+    for most in (64,) if plain else (128, 64):
+        i, o = _block(inner, 16, most), _block(outer, 16, most)
+        blocks, rows = {"IN_BLOCK": i, "OUT_BLOCK": o}, 32 if plain else 64
+        found += _product(pixels, rows, blocks, lambda rows, i=i, o=o: i * o + 2 * rows * (i + o), 192, 2)[:4]
+    return _distinct(found)
+
+
+# Depthwise convolutions -----------------------------------------------------------------------------------------------
+
+
+def _depthwise_tile(channels: int, columns: int, a_thread: int) -> dict[str, int]:
+    """So many channels a thread as keep the window in registers; channels in blocks of a memory line that fit best."""
+    elements = a_thread * 32 * 4
+    c = min((64, 32, 128), key=lambda block: cdiv(channels, block) * block) if channels > 32 else power_of_2(channels)
+    w = _block(columns, 1, max(elements // c, 1))
+    return {"CHANNELS": _block(c, 1, max(elements // w, 1)), "COLUMNS": w}
+
+
+def _depthwise(images, channels, steps, columns, device, a_thread: int) -> list[Config]:
+    """Units slide over many rows, as each begins by reading rows of the one before; over few if the GPU would else be
+    idle.
+    """
+    found = []
+    for each in (a_thread, max(a_thread // 2, 1)):
+        blocks = _depthwise_tile(channels, columns, each)
+        programs = images * cdiv(channels, blocks["CHANNELS"]) * cdiv(columns, blocks["COLUMNS"])
+        strip = min(steps, 32, largest_block)
+        while strip > 4 and programs * cdiv(steps, strip) < PROGRAMS * multiprocessors(device):
+            strip = cdiv(strip, 2)
+        found += [Config(blocks, strip=max(s, 1)) for s in (strip, strip // 2, min(2 * strip, steps))]
+    return _distinct(found)
+
+
+def depthwise_forward(images, channels, steps, columns, kernel, dtype, device) -> list[Config]:
+    taps = kernel[0] * kernel[1]
+    a_thread = min(16 // dtype.itemsize, 8 if taps <= 9 else 4 if taps <= 25 else 2)
+    return _depthwise(images, channels, steps, columns, device, a_thread)
+
+
+def depthwise_backward(images, channels, steps, columns, kernel, dtype, device) -> list[Config]:
+    taps = kernel[0] * kernel[1]
+    a_thread = min(16 // dtype.itemsize, 4 if taps <= 9 else 2 if taps <= 25 else 1)
+    return _depthwise(images, channels, steps, columns, device, a_thread)

@@ -1,0 +1,135 @@
+"""The Triton backend: :class:`mbn_kernels.chain.Kernels` on any GPU that Triton has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...activations import ACTIVATIONS
+from ...chain import Chain, Gradient, Stage, Value, stage_parameters
+from ..reference import ReferenceKernels
+from . import convolutions, elementwise, norm
+from .convolutions import RAW, epilogue, precision
+
+#: Larger windows do not fit in registers; PyTorch's own convolution takes them, between the same fused stages.
+LARGEST_WINDOW = 49
+_reference = ReferenceKernels()
+
+
+def _fits(stage: Stage) -> bool:
+    return stage.conv != "depthwise" or stage.kernel[0] * stage.kernel[1] <= LARGEST_WINDOW
+
+
+@lru_cache(maxsize=4096)
+def _evaluates(chain: Chain) -> bool:
+    """Whether every stage is a convolution normalised by running statistics, in a window that the kernels take."""
+    return all(stage.conv != "none" and stage.norm == "running" and _fits(stage) for stage in chain.stages)
+
+
+class TritonKernels:
+    """:class:`mbn_kernels.chain.Kernels` in Triton. Statistics are :class:`norm.Statistics`, sums are those of
+    :func:`elementwise.empty_sums`.
+    """
+
+    evaluate_checks = False
+    pool = staticmethod(elementwise.pool)
+    materialize = staticmethod(elementwise.materialize)
+    materialize_gradient = staticmethod(elementwise.materialize_gradient)
+    reduce_gradient = staticmethod(elementwise.reduce_gradient)
+    batch_norm = staticmethod(norm.batch_norm)
+    running_norm = staticmethod(norm.running_norm)
+    norm_backward = staticmethod(norm.norm_backward)
+
+    def evaluates(self, chain: Chain, residual: bool) -> bool:
+        return _evaluates(chain)
+
+    def evaluate(
+        self, x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], residuals: tuple[bool, ...]
+    ) -> Tensor:
+        x, flat = _channels_last(x), [p.contiguous() for p in flat]
+        params = iter(stage_parameters([stage for chain in chains for stage in chain.stages], flat))
+        for chain, residual in zip(chains, residuals, strict=True):
+            x = _evaluate(x, chain, params, x if residual else None)
+        return x
+
+    def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
+        return convolutions.pointwise_forward(u, weight, statistics, RAW, precision(weight.dtype))
+
+    def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool):
+        if _fits(stage):
+            return convolutions.depthwise_forward(u, weight, stage, statistics, RAW, False)[:2]
+        y, found = _reference.depthwise_forward(u, weight, stage, statistics)
+        return y, norm.one_part(y, *found) if statistics else None
+
+    def pointwise_backward(self, g, weight, u, norm, residual, want_du, want_sums, want_dweight):
+        wants = (want_du, want_sums, want_dweight)
+        return convolutions.pointwise_backward(g, weight, u, norm, residual, *wants, precision(weight.dtype))
+
+    def depthwise_backward(self, g, weight, stage, u, norm, residual, want_du, want_sums, want_dweight):
+        if _fits(stage):
+            wants = (want_du, want_sums, want_dweight)
+            return convolutions.depthwise_backward(g, weight, stage, u, norm, residual, *wants)
+        wants = (want_du, False, want_dweight)
+        du, _, dweight = _reference.depthwise_backward(g, weight, stage, u, norm, residual, *wants)
+        return du, elementwise.reduce_gradient(du, u, norm) if want_sums else None, dweight
+
+    def gate_forward(self, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) -> Tensor:
+        return _gate_layers(pooled, p, acts, activated=True)[1].y.flatten(1)
+
+    def gate_backward(self, sums: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]):
+        dgate = sums[:, :, 0].sum(1)[:, :, None, None]
+        hidden, logits = _gate_layers(pooled, p, acts, activated=False)  # small: recomputed, not saved
+        w1, w2 = (_matrix(p[name], pooled) for name in ("w1", "w2"))
+        squeezed, rounding = _map(pooled), precision(pooled.dtype, conv=False)
+        db2 = elementwise.reduce_gradient(dgate, logits, None)
+        wants = (True, True, True, rounding)
+        dhidden, db1, dw2 = convolutions.pointwise_backward(Gradient(dgate, logits), w2, hidden, None, None, *wants)
+        wants = (True, False, True, rounding)
+        dpooled, _, dw1 = convolutions.pointwise_backward(Gradient(dhidden, hidden), w1, squeezed, None, None, *wants)
+        db1, db2 = (norm.sum_parts(of[0])[0] for of in (db1, db2))
+        return dpooled.flatten(1), {"w1": dw1, "b1": db1, "w2": dw2, "b2": db2}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _map(pooled: Tensor) -> Value:
+    """[N, C] as 1x1 maps: squeeze-excite's two layers are then 1x1 convolutions with a bias."""
+    return Value(pooled[:, :, None, None])
+
+
+def _matrix(weight: Tensor, pooled: Tensor) -> Tensor:
+    return weight.flatten(1).to(pooled.dtype)
+
+
+def _gate_layers(pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str], activated: bool) -> list[Value]:
+    """[hidden, gate]; where not ``activated``, as deferred values that backward can differentiate."""
+    u, rounding, found = _map(pooled), precision(pooled.dtype, conv=False), []
+    for act, weight, bias in zip(acts, ("w1", "w2"), ("b1", "b2"), strict=True):
+        after = {**RAW, "bias": p[bias], "OUT_ACT": ACTIVATIONS[act if activated else "identity"].code}
+        y, _ = convolutions.pointwise_forward(u, _matrix(p[weight], pooled), False, after, rounding)
+        u = Value(y, act="identity" if activated else act)
+        found.append(u)
+    return found
+
+
+def _evaluate(x: Tensor, chain: Chain, params: Iterator[dict], residual: Tensor | None) -> Tensor:
+    """A chain in which nothing is deferred but a gate: each convolution stores what its stage is."""
+    u = Value(x)
+    for i, stage in enumerate(chain.stages):
+        p, last = next(params), i == len(chain.stages) - 1
+        after = epilogue(stage, p, residual if last and not stage.gate else None)
+        if stage.conv == "pointwise":
+            y, _ = convolutions.pointwise_forward(u, p["weight"], False, after, precision(x.dtype))
+            pooled = elementwise.pool(Value(y)) if stage.gate else None
+        else:
+            y, _, parts = convolutions.depthwise_forward(u, p["weight"], stage, False, after, stage.gate is not None)
+            pooled = elementwise.mean_of_parts(parts) if stage.gate else None
+        u = Value(y)
+        if stage.gate:
+            u = Value(y, gate=_gate_layers(pooled, p, stage.gate, activated=True)[1].y.flatten(1))
+    return u.y if u.gate is None else elementwise.materialize(u, residual)

@@ -1,0 +1,103 @@
+"""How kernels are started: the shape of the work, the right device, and one place through which every launch goes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .device import INTERPRETED
+
+#: Programs per multiprocessor that reductions are split for: enough to hide latency, few enough partial results.
+PROGRAMS = 4
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def channel_unit(*channels: int) -> int:
+    """The largest power of two, 16 at most, that divides every one of these channel counts: kernels take a count as so
+    many units, from which the compiler knows how far a row's start is aligned and so how wide it may load.
+    """
+    unit = 16
+    for c in channels:
+        while c % unit:
+            unit //= 2
+    return unit
+
+
+@lru_cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; where there is none, of an H100, so that what is recorded or interpreted is split as it would be."""
+    if device.type != "cuda":
+        return 132
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+class Groups(NamedTuple):
+    """How tiles are shared among programs. Each of ``images`` has ``pixels`` rows in tiles; a group takes the same part,
+    ``run`` tiles, of ``span`` images after each other, and an image has ``parts`` of them. Where nothing depends on the
+    image, all rows are one image.
+    """
+
+    images: int
+    pixels: int
+    parts: int
+    run: int
+    span: int
+
+    @property
+    def count(self) -> int:
+        return max(cdiv(self.images, self.span), 1) * self.parts
+
+
+def share(device: torch.device, images: int, pixels: int, tiles: int, blocks: int, least: int = 1) -> Groups:
+    """Groups for programs that take ``blocks`` blocks of channels each: enough to fill the GPU, or fewer, so that each
+    has ``least`` tiles, as long as every multiprocessor has one.
+    """
+    if not tiles * images:
+        return Groups(images, pixels, 1, 0, 1)
+    total, processors = images * tiles, multiprocessors(device)
+    wanted = max(min(cdiv(PROGRAMS * processors, blocks), max(cdiv(total, least), cdiv(processors, blocks))), 1)
+    if images >= wanted:
+        return Groups(images, pixels, 1, tiles, cdiv(images, wanted))
+    run = cdiv(tiles, cdiv(wanted, images))
+    return Groups(images, pixels, cdiv(tiles, run), run, 1)
+
+
+def share_rows(y: Tensor, by_image: bool, tile: int, blocks: int, least: int = 1) -> Groups:
+    n, _, h, w = y.shape
+    images, pixels = (n, h * w) if by_image else (1, n * h * w)
+    return share(y.device, images, pixels, cdiv(pixels, tile), blocks, least)
+
+
+def vectors(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised float32 numbers."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def execute(kernel, programs: int, arguments: dict, device: torch.device) -> None:
+    """Runs a kernel on the current stream of ``device``, whichever device is the current one."""
+    if INTERPRETED or device.index == torch.cuda.current_device():
+        kernel[(programs,)](**arguments)
+    else:
+        with torch.cuda.device(device):
+            kernel[(programs,)](**arguments)
+
+
+def launch(kernel, programs: int, device: torch.device, /, **arguments) -> None:
+    # Said outright, as Triton's own default changes with its version.
+    if programs:
+        execute(kernel, programs, {**arguments, "enable_fp_fusion": True}, device)

@@ -1,0 +1,193 @@
+"""Batch norm's per-channel numbers, made where the parts of its statistics and sums are merged; sums over parts."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .device import vector
+from .launch import cdiv, launch, vectors
+
+
+class Statistics:
+    """Statistics of a raw output in parts: means and sums of squared deviations ``[parts, 2, C]``, and how many
+    values each part has ``[parts]``.
+    """
+
+    def __init__(self, like: Tensor, parts: int, channels: int) -> None:
+        numbers = vectors(like, parts * (2 * channels + 1))
+        self.parts, self.moments, self.counts = parts, numbers[: 2 * channels * parts], numbers[2 * channels * parts :]
+
+    def arguments(self) -> dict:
+        return {"counts": self.counts, "moments": self.moments}
+
+
+def one_part(y: Tensor, mean: Tensor, var: Tensor) -> Statistics:
+    """Statistics that are whole already."""
+    found, count = Statistics(y, 1, len(mean)), y.numel() // len(mean)
+    found.counts.fill_(count)
+    found.moments.view(2, -1).copy_(torch.stack([mean, var * count]))
+    return found
+
+
+@triton.jit
+def _store_norm(norm, c, channels, keep, weight, bias, mean, var, eps):
+    """The rows scale, shift, mean, rstd of :class:`mbn_kernels.chain.Norm`."""
+    rstd = 1.0 / tl.sqrt(var + eps)
+    scale = rstd
+    if weight is not None:
+        scale = rstd * tl.load(weight + c, mask=keep, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if bias is not None:
+        shift += tl.load(bias + c, mask=keep, other=0.0).to(tl.float32)
+    tl.store(norm + c, scale, mask=keep)
+    tl.store(norm + channels + c, shift, mask=keep)
+    tl.store(norm + 2 * channels + c, mean, mask=keep)
+    tl.store(norm + 3 * channels + c, rstd, mask=keep)
+
+
+@triton.jit
+def _batch_norm(
+    counts, moments, weight, bias, norm, mean_out, var_out,
+    parts, channels, eps, unbiased,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    keep = c < channels
+    p = tl.arange(0, PARTS)
+    weighted = tl.zeros((PARTS, CHANNELS), tl.float32)
+    total = tl.zeros((PARTS,), tl.float32)
+    for first in range(0, parts, PARTS):
+        mask = first + p < parts
+        n = tl.load(counts + first + p, mask=mask, other=0.0)
+        at = (first + p)[:, None] * (2 * channels) + c[None, :]
+        weighted += n[:, None] * tl.load(moments + at, mask=mask[:, None] & keep[None, :], other=0.0)
+        total += n
+    count = tl.sum(total, 0)
+    mean = tl.sum(weighted, 0) / count
+    m2 = tl.zeros((PARTS, CHANNELS), tl.float32)
+    for first in range(0, parts, PARTS):
+        mask = first + p < parts
+        n = tl.load(counts + first + p, mask=mask, other=0.0)
+        at = (first + p)[:, None] * (2 * channels) + c[None, :]
+        both = mask[:, None] & keep[None, :]
+        delta = tl.load(moments + at, mask=both, other=0.0) - mean[None, :]
+        m2 += tl.load(moments + at + channels, mask=both, other=0.0) + n[:, None] * delta * delta
+    var = tl.sum(m2, 0) / count
+    _store_norm(norm, c, channels, keep, weight, bias, mean, var, eps)
+    tl.store(mean_out + c, mean, mask=keep)
+    tl.store(var_out + c, var * unbiased, mask=keep)
+
+
+@triton.jit
+def _running_norm(mean, var, weight, bias, norm, channels, eps, CHANNELS: tl.constexpr):
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    keep = c < channels
+    mu, v = tl.load(mean + c, mask=keep, other=0.0), tl.load(var + c, mask=keep, other=1.0)
+    _store_norm(norm, c, channels, keep, weight, bias, mu, v, eps)
+
+
+@triton.jit
+def _norm_backward(
+    sums, gate, q, norm, dweight, dbias, b_out, c_out,
+    rows, parts, channels, inverse_count,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    keep = c < channels
+    p = tl.arange(0, PARTS)
+    db = tl.zeros((PARTS, CHANNELS), tl.float32)
+    dw = tl.zeros((PARTS, CHANNELS), tl.float32)
+    for first in range(0, rows, PARTS):
+        row = first + p
+        mask = (row < rows)[:, None] & keep[None, :]
+        if gate is None:
+            at = row[:, None] * (2 * channels) + c[None, :]
+            db += tl.load(sums + at, mask=mask, other=0.0)
+            dw += tl.load(sums + at + channels, mask=mask, other=0.0)
+        else:  # rows are parts of images
+            per_image = (row // parts)[:, None] * channels + c[None, :]
+            g = tl.load(gate + per_image, mask=mask, other=0.0)
+            squeezed = tl.load(q + per_image, mask=mask, other=0.0)
+            at = sums + row[:, None].to(tl.int64) * (5 * channels) + c[None, :]
+            t2 = tl.load(at + channels, mask=mask, other=0.0)
+            t3 = tl.load(at + 2 * channels, mask=mask, other=0.0)
+            t4 = tl.load(at + 3 * channels, mask=mask, other=0.0)
+            t5 = tl.load(at + 4 * channels, mask=mask, other=0.0)
+            db += g * t2 + squeezed * t3
+            dw += g * t4 + squeezed * t5
+    dbeta, dgamma = tl.sum(db, 0), tl.sum(dw, 0)
+    tl.store(dweight + c, dgamma, mask=keep)
+    tl.store(dbias + c, dbeta, mask=keep)
+    if b_out is not None:
+        scale, rstd = vector(norm, c, keep), vector(norm, 3 * channels + c, keep)
+        b = -scale * rstd * (dgamma * inverse_count)
+        tl.store(b_out + c, b, mask=keep)
+        tl.store(c_out + c, -scale * (dbeta * inverse_count) - b * vector(norm, 2 * channels + c, keep), mask=keep)
+
+
+@triton.jit
+def _sum_parts(parts_of, total, parts, size, factor, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    i = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    keep = i < size
+    p = tl.arange(0, PARTS)
+    found = tl.zeros((PARTS, CHANNELS), tl.float32)
+    for first in range(0, parts, PARTS):
+        at = (first + p)[:, None].to(tl.int64) * size + i[None, :]
+        found += tl.load(parts_of + at, mask=(first + p < parts)[:, None] & keep[None, :], other=0.0)
+    tl.store(total + i, tl.sum(found, 0) * factor, mask=keep)
+
+
+def _per_channel(kernel, channels: int, parts: int, device: torch.device, /, **arguments) -> None:
+    tile = config.merge(channels, parts)
+    if parts == 0:
+        tile.blocks.pop("PARTS")
+    launch(kernel, cdiv(channels, tile.blocks["CHANNELS"]), device, **arguments, **tile.arguments())
+
+
+def batch_norm(statistics: Statistics, count: int, weight: Tensor | None, bias: Tensor | None, eps: float):
+    channels = statistics.moments.numel() // (2 * statistics.parts)
+    norm, mean, var = (vectors(statistics.moments, *shape) for shape in ((4, channels), (channels,), (channels,)))
+    unbiased = count / (count - 1) if count > 1 else float("nan")
+    _per_channel(
+        _batch_norm, channels, statistics.parts, norm.device, **statistics.arguments(), weight=weight, bias=bias,
+        norm=norm, mean_out=mean, var_out=var, parts=statistics.parts, channels=channels, eps=eps, unbiased=unbiased,
+    )  # fmt: skip
+    return norm, mean, var
+
+
+def running_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    channels = mean.shape[0]
+    norm = vectors(mean, 4, channels)
+    _per_channel(
+        _running_norm, channels, 0, norm.device, mean=mean, var=var, weight=weight, bias=bias, norm=norm,
+        channels=channels, eps=eps,
+    )  # fmt: skip
+    return norm
+
+
+def norm_backward(sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
+    images, parts, _, channels = sums.shape
+    dweight, dbias = vectors(sums, channels), vectors(sums, channels)
+    b, c = (None, None) if count is None else (vectors(sums, channels), vectors(sums, channels))
+    _per_channel(
+        _norm_backward, channels, max(images * parts, 1), norm.device, sums=sums, gate=gate, q=q, norm=norm,
+        dweight=dweight, dbias=dbias, b_out=b, c_out=c, rows=images * parts, parts=parts, channels=channels,
+        inverse_count=1.0 / (count or 1),
+    )  # fmt: skip
+    return dweight, dbias, b, c
+
+
+def sum_parts(parts_of: Tensor, factor: float = 1.0) -> Tensor:
+    """``[P, ...]`` -> ``[...]``, in float32 and always in the same order."""
+    total = vectors(parts_of, *parts_of.shape[1:])
+    size = total.numel()
+    tile = config.sum_parts(size, parts_of.shape[0])
+    launch(
+        _sum_parts, cdiv(size, tile.blocks["CHANNELS"]), total.device, parts_of=parts_of, total=total,
+        parts=parts_of.shape[0], size=size, factor=factor, **tile.arguments(),
+    )  # fmt: skip
+    return total

@@ -1,0 +1,234 @@
+"""1x1 convolutions as products of ``[pixels, channels]`` matrices, deferred on the way in, reduced on the way out.
+
+A program takes ``run`` tiles of ROWS pixels of one image (of all images where nothing depends on the image) and one
+block of channels. Programs that read the same rows are neighbours in the grid, so that memory is read once and the
+others find the rows in the second-level cache. OUT is the layer's output width, IN its input width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import activate, activate_grad, gradient, merge, normalised, product, store_sums, tile_rows, value, vector
+
+
+@triton.jit
+def _operand(x, scale, shift, gate, start, channels, rows, r, k, per_image, ACT: tl.constexpr):
+    """A tile of deferred values; columns past the last channel are finite, and meet zero weights."""
+    keep = k < channels
+    at = r[:, None] * channels + k[None, :]
+    y = tl.load(x + start + at, mask=(r < rows)[:, None] & keep[None, :], other=0.0)
+    g = vector(gate, per_image + k, keep)
+    return value(y, vector(scale, k, keep), vector(shift, k, keep), g, ACT)
+
+
+@triton.jit
+def _output_gradient(
+    g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c, start, channels, rows, r, n, per_image,
+    G_ACT: tl.constexpr,
+):  # fmt: skip
+    """A tile of the deferred gradient, 0 outside of the tensor."""
+    keep = n < channels
+    at = r[:, None] * channels + n[None, :]
+    mask = (r < rows)[:, None] & keep[None, :]
+    dv = tl.load(g_dv + start + at, mask=mask, other=0.0)
+    y = None
+    if g_y is not None:
+        y = tl.load(g_y + start + at, mask=mask, other=0.0)
+    dy = gradient(
+        dv, y, vector(g_scale, n, keep), vector(g_shift, n, keep), vector(g_gate, per_image + n, keep),
+        vector(g_q, per_image + n, keep), vector(g_a, n, keep), vector(g_b, n, keep), vector(g_c, n, keep), G_ACT,
+    )  # fmt: skip
+    return tl.where(mask, dy, 0.0)
+
+
+@triton.jit
+def _weight_tile(weight, n, k, OUT, IN, DTYPE: tl.constexpr):
+    """weight[n, k] as a tile whose rows are k or n, whichever of the two index tiles is a column."""
+    return tl.load(weight + n * IN + k, mask=(n < OUT) & (k < IN), other=0.0).to(DTYPE)
+
+
+@triton.jit
+def pointwise_forward(
+    x, scale, shift, gate, weight, y, counts, moments,
+    mean, var, bn_weight, bias, residual,
+    images, pixels, parts, run, span, in_units, out_units, eps,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT: tl.constexpr, OUT_ACT: tl.constexpr,
+    ROWS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = value(u) weight^T. In training (``moments``) with its statistics; in evaluation (``var`` or ``bias``)
+    normalised, activated and added to the residual.
+    """
+    IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
+    DTYPE: tl.constexpr = y.dtype.element_ty
+    blocks = tl.cdiv(OUT, OUT_BLOCK)
+    program = tl.program_id(0)
+    group = program // blocks
+    first_image, part = group // parts * span, group % parts
+    r, n = tl.arange(0, ROWS), (program % blocks) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
+    k0 = tl.arange(0, IN_BLOCK)
+    keep = n < OUT
+
+    out_scale, out_shift = None, vector(bias, n, keep)
+    if var is not None:
+        out_scale = 1.0 / tl.sqrt(tl.load(var + n, mask=keep, other=1.0).to(tl.float32) + eps)
+        if bn_weight is not None:
+            out_scale *= vector(bn_weight, n, keep)
+        moved = -vector(mean, n, keep) * out_scale
+        out_shift = moved if bias is None else out_shift + moved
+    if ONE_BLOCK:  # the whole weight stays in registers or shared memory
+        w = _weight_tile(weight, n[None, :], k0[:, None], OUT, IN, DTYPE)
+    count = 0.0
+    means, m2 = tl.zeros((OUT_BLOCK,), tl.float32), tl.zeros((OUT_BLOCK,), tl.float32)
+
+    for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=STAGES):
+        image, start, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
+        total = tl.zeros((ROWS, OUT_BLOCK), tl.float32)
+        if ONE_BLOCK:
+            v = _operand(x, scale, shift, gate, start * IN, IN, rows, r, k0, image * IN, ACT)
+            total = product(v, w, total, DTYPE, PRECISION)
+        else:
+            for k_first in tl.range(0, IN, IN_BLOCK, num_stages=STAGES):
+                k = k_first + k0
+                v = _operand(x, scale, shift, gate, start * IN, IN, rows, r, k, image * IN, ACT)
+                w = _weight_tile(weight, n[None, :], k[:, None], OUT, IN, DTYPE)
+                total = product(v, w, total, DTYPE, PRECISION)
+        if out_scale is not None:
+            total *= out_scale[None, :]
+        if out_shift is not None:
+            total += out_shift[None, :]
+        total = activate(total, OUT_ACT)
+        mask = (r < rows)[:, None] & keep[None, :]
+        at = r[:, None] * OUT + n[None, :]
+        if residual is not None:
+            total += tl.load(residual + start * OUT + at, mask=mask, other=0.0).to(tl.float32)
+        stored = total.to(DTYPE)
+        tl.store(y + start * OUT + at, stored, mask=mask)
+        if moments is not None:
+            kept = stored.to(tl.float32)
+            valid = rows.to(tl.float32)
+            tile_mean = tl.sum(tl.where(mask, kept, 0.0), 0) / tl.maximum(valid, 1.0)
+            off = tl.where(mask, kept - tile_mean[None, :], 0.0)
+            count, means, m2 = merge(count, means, m2, valid, tile_mean, tl.sum(off * off, 0))
+    if moments is not None:
+        to = moments + group.to(tl.int64) * 2 * OUT + n
+        tl.store(to, means, mask=keep)
+        tl.store(to + OUT, m2, mask=keep)
+        tl.store(counts + group, count)
+
+
+@triton.jit
+def pointwise_backward(
+    g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c,
+    x, scale, shift, gate, mean, rstd, weight, residual, du, sums, dweight,
+    images, pixels, parts, run, span, in_units, out_units,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT: tl.constexpr, G_ACT: tl.constexpr,
+    ROWS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """du = dy weight (+ residual), the sums of the stage before at du, and, where one block holds the output channels,
+    a part of dweight: everything from one reading of dy and u.
+    """
+    IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
+    DTYPE: tl.constexpr = du.dtype.element_ty
+    blocks = tl.cdiv(IN, IN_BLOCK)
+    program = tl.program_id(0)
+    group = program // blocks
+    first_image, part = group // parts * span, group % parts
+    r, k = tl.arange(0, ROWS), (program % blocks) * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    n0 = tl.arange(0, OUT_BLOCK)
+    keep = k < IN
+    u_scale, u_shift = vector(scale, k, keep), vector(shift, k, keep)
+    mu, rs = vector(mean, k, keep), vector(rstd, k, keep)
+    zero = tl.zeros((IN_BLOCK,), tl.float32)
+    t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
+    if ONE_BLOCK:
+        w = _weight_tile(weight, n0[:, None], k[None, :], OUT, IN, DTYPE)
+    if dweight is not None:
+        dw = tl.zeros((OUT_BLOCK, IN_BLOCK), tl.float32)
+
+    for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=STAGES):
+        image, start, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
+        mask = (r < rows)[:, None] & keep[None, :]
+        at = r[:, None] * IN + k[None, :]
+        u_gate = vector(gate, image * IN + k, keep)
+        if sums is not None or dweight is not None:
+            u = tl.load(x + start * IN + at, mask=mask, other=0.0).to(tl.float32)
+        total = tl.zeros((ROWS, IN_BLOCK), tl.float32)
+        if ONE_BLOCK:
+            dy = _output_gradient(
+                g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c, start * OUT, OUT, rows, r, n0,
+                image * OUT, G_ACT,
+            )  # fmt: skip
+            total = product(dy, w, total, DTYPE, PRECISION)
+            if dweight is not None:
+                dw = product(tl.trans(dy), value(u, u_scale, u_shift, u_gate, ACT), dw, DTYPE, PRECISION)
+        else:
+            for n_first in tl.range(0, OUT, OUT_BLOCK, num_stages=STAGES):
+                n = n_first + n0
+                dy = _output_gradient(
+                    g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c, start * OUT, OUT, rows, r, n,
+                    image * OUT, G_ACT,
+                )  # fmt: skip
+                w = _weight_tile(weight, n[:, None], k[None, :], OUT, IN, DTYPE)
+                total = product(dy, w, total, DTYPE, PRECISION)
+        if residual is not None:
+            total += tl.load(residual + start * IN + at, mask=mask, other=0.0).to(tl.float32)
+        stored = total.to(DTYPE)
+        tl.store(du + start * IN + at, stored, mask=mask)
+        if sums is not None:
+            kept = stored.to(tl.float32)
+            n_u = normalised(u, u_scale, u_shift)
+            d = tl.where(mask, activate_grad(n_u, ACT), 0.0)
+            if mean is not None:
+                u = (u - mu[None, :]) * rs[None, :]
+            t2 += tl.sum(kept * d, 0)
+            t4 += tl.sum(kept * d * u, 0)
+            if gate is not None:
+                t1 += tl.sum(kept * activate(n_u, ACT), 0)
+                t3 += tl.sum(d, 0)
+                t5 += tl.sum(d * u, 0)
+                if t % run == run - 1:
+                    store_sums(sums + (image * parts + part) * 5 * IN + k, IN, keep, t1, t2, t3, t4, t5)
+                    t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
+    if sums is not None and gate is None:
+        to = sums + group.to(tl.int64) * 2 * IN + k
+        tl.store(to, t2, mask=keep)
+        tl.store(to + IN, t4, mask=keep)
+    if dweight is not None:
+        to = dweight + group.to(tl.int64) * OUT * IN + n0[:, None] * IN + k[None, :]
+        tl.store(to, dw, mask=(n0 < OUT)[:, None] & keep[None, :])
+
+
+@triton.jit
+def pointwise_weight(
+    g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c,
+    x, scale, shift, gate, dweight,
+    images, pixels, parts, run, span, in_units, out_units,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT: tl.constexpr, G_ACT: tl.constexpr,
+    ROWS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of dweight = dy^T value(u): the sum over the group's pixels, for one block of both widths."""
+    IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    in_blocks, out_blocks = tl.cdiv(IN, IN_BLOCK), tl.cdiv(OUT, OUT_BLOCK)
+    program = tl.program_id(0)
+    group = program // (in_blocks * out_blocks)
+    first_image, part = group // parts * span, group % parts
+    k = (program % in_blocks) * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    n = (program // in_blocks % out_blocks) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
+    r = tl.arange(0, ROWS)
+    dw = tl.zeros((OUT_BLOCK, IN_BLOCK), tl.float32)
+    for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=STAGES):
+        image, start, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
+        dy = _output_gradient(
+            g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c, start * OUT, OUT, rows, r, n,
+            image * OUT, G_ACT,
+        )  # fmt: skip
+        v = _operand(x, scale, shift, gate, start * IN, IN, rows, r, k, image * IN, ACT)
+        dw = product(tl.trans(dy), v, dw, DTYPE, PRECISION)
+    to = dweight + group.to(tl.int64) * OUT * IN + n[:, None] * IN + k[None, :]
+    tl.store(to, dw, mask=(n < OUT)[:, None] & (k < IN)[None, :])

@@ -1,0 +1,98 @@
+"""Which tile sizes a kernel runs with: those measured best on this GPU, or the likely best where nothing was measured.
+
+With ``MBN_TRITON_TUNE=1`` the first call of a kernel on new shapes times every candidate of :mod:`config` and keeps the
+fastest in a file, one for each GPU name and version of this package and of Triton, in ``MBN_CACHE_DIR`` (default:
+``~/.cache/mbn_kernels``). Without it, what the file has is used, and nothing is measured. Several processes may read
+and write the file at once. While a CUDA graph is captured nothing is measured.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+
+from .config import Config
+from .device import INTERPRETED
+
+Result = TypeVar("Result")
+
+
+def enabled() -> bool:
+    return os.environ.get("MBN_TRITON_TUNE", "0") == "1"
+
+
+def cache_file(gpu: str) -> Path:
+    """Where the choices for a GPU of that name are kept."""
+    from ... import __version__
+
+    root = Path(os.environ.get("MBN_CACHE_DIR") or Path.home() / ".cache" / "mbn_kernels")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
+    return root / f"triton-{name}-{__version__}-triton-{triton.__version__}.json"
+
+
+def read(file: Path) -> dict[str, Config]:
+    """The choices in a file; one that is missing or damaged has none, as they can be measured again."""
+    try:
+        found = json.loads(file.read_text())
+        return {key: Config(c["blocks"], c["warps"], c["stages"], c["strip"]) for key, c in found.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write(file: Path, key: str, chosen: Config) -> None:
+    """Adds a choice to the file: no other process's is lost, and no reader sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        choices = {**read(file), key: chosen}
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
+            json.dump({k: c._asdict() for k, c in sorted(choices.items())}, new, indent=1)
+        os.replace(new.name, file)
+
+
+@lru_cache
+def _choices(gpu: str) -> dict[str, Config]:
+    return read(cache_file(gpu))
+
+
+@lru_cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median time of a call; infinite where the GPU has not what it needs."""
+    try:
+        return triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def best(key: tuple, candidates: Sequence[Config], device: torch.device, run: Callable[[Config], Result]) -> Result:
+    """``run`` with the candidate to use for ``key``, everything that decides which is fastest."""
+    if INTERPRETED or device.type != "cuda":
+        return run(candidates[0])
+    return run(_choose(key, candidates, _gpu_name(device.index), run))
+
+
+def _choose(key: tuple, candidates: Sequence[Config], gpu: str, run: Callable[[Config], object]) -> Config:
+    known, text = _choices(gpu), str(key)
+    chosen = known.get(text)
+    if chosen is not None:
+        return chosen
+    if not enabled() or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    times = {i: seconds(lambda c=c: run(c)) for i, c in enumerate(candidates)}
+    known[text] = chosen = candidates[min(times, key=times.get)]
+    write(cache_file(gpu), text, chosen)
+    return chosen
