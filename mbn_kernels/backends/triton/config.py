@@ -71,7 +71,7 @@ def sum_parts(size: int, parts: int) -> Config:
 # What a thread can hold is a number of float32 registers, about two for each number of these sums that it has of a tile;
 # the limits leave room for addresses and let two programs or more share a multiprocessor without spilling.
 _MOST = 80
-_MOST_BACKWARD = 96
+_MOST_BACKWARD = 90
 
 
 def _plain(dtype: torch.dtype, precision: str) -> bool:
@@ -119,7 +119,7 @@ def pointwise_backward(
     o = _block(outer, 16, 256 if together else 32 if plain else 64)
 
     def numbers(rows: int, i: int) -> int:
-        of_du, of_dy = {0: 2, 2: 4, 5: 6}[sums], 1 if together else 2
+        of_du, of_dy = {0: 2, 2: 4, 5: 9}[sums], 1 if together else 2
         return rows * i * of_du + rows * o * of_dy + (o * i if together else 0)
 
     i = _block(inner, 16, 64 if plain else 128)

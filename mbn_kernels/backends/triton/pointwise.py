@@ -140,8 +140,6 @@ def pointwise_backward(
     r, k = tl.arange(0, ROWS), (program % blocks) * IN_BLOCK + tl.arange(0, IN_BLOCK)
     n0 = tl.arange(0, OUT_BLOCK)
     keep = k < IN
-    u_scale, u_shift = vector(scale, k, keep), vector(shift, k, keep)
-    mu, rs = vector(mean, k, keep), vector(rstd, k, keep)
     zero = tl.zeros((IN_BLOCK,), tl.float32)
     t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
     if ONE_BLOCK:
@@ -153,7 +151,7 @@ def pointwise_backward(
         image, start, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
         mask = (r < rows)[:, None] & keep[None, :]
         at = r[:, None] * IN + k[None, :]
-        u_gate = vector(gate, image * IN + k, keep)
+        # Per-channel numbers are loaded for each tile anew: kept, they would take the registers of the tile itself.
         if sums is not None or dweight is not None:
             u = tl.load(x + start * IN + at, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros((ROWS, IN_BLOCK), tl.float32)
@@ -164,7 +162,9 @@ def pointwise_backward(
             )  # fmt: skip
             total = product(dy, w, total, DTYPE, PRECISION)
             if dweight is not None:
-                dw = product(tl.trans(dy), value(u, u_scale, u_shift, u_gate, ACT), dw, DTYPE, PRECISION)
+                u_gate = vector(gate, image * IN + k, keep)
+                v = value(u, vector(scale, k, keep), vector(shift, k, keep), u_gate, ACT)
+                dw = product(tl.trans(dy), v, dw, DTYPE, PRECISION)
         else:
             for n_first in tl.range(0, OUT, OUT_BLOCK, num_stages=STAGES):
                 n = n_first + n0
@@ -180,10 +180,10 @@ def pointwise_backward(
         tl.store(du + start * IN + at, stored, mask=mask)
         if sums is not None:
             kept = stored.to(tl.float32)
-            n_u = normalised(u, u_scale, u_shift)
+            n_u = normalised(u, vector(scale, k, keep), vector(shift, k, keep))
             d = tl.where(mask, activate_grad(n_u, ACT), 0.0)
             if mean is not None:
-                u = (u - mu[None, :]) * rs[None, :]
+                u = (u - vector(mean, k, keep)[None, :]) * vector(rstd, k, keep)[None, :]
             t2 += tl.sum(kept * d, 0)
             t4 += tl.sum(kept * d * u, 0)
             if gate is not None:

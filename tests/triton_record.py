@@ -1,0 +1,115 @@
+"""What the Triton backend would launch for a block at its real shape, without a GPU: every launch is recorded, on tensors
+of the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mbn_kernels import FusedDepthwiseSeparable, FusedInvResBlock, chain
+from mbn_kernels.models.tables import BlockShape
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from mbn_kernels.backends.triton import launch  # noqa: E402
+from mbn_kernels.backends.triton.kernels import TritonKernels  # noqa: E402
+
+
+class Launch(NamedTuple):
+    kernel: object
+    programs: int
+    arguments: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self.arguments.items() if isinstance(t, Tensor)}
+
+    @property
+    def bytes(self) -> int:
+        """Of memory read and written once: every tensor that the launch is given, whole."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class _Others(TorchDispatchMode):
+    """Counts the operators of PyTorch itself that would start a kernel."""
+
+    FREE = ("empty", "view", "select", "slice", "unbind", "expand", "detach", "unsqueeze", "alias", "as_strided")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if not name.strip("_").startswith(self.FREE) and name != "_to_copy":
+            self.names.append(name)
+        return out
+
+
+def record(run: Callable[[], object]) -> tuple[list[Launch], list[str]]:
+    """(the launches of a call, the names of PyTorch's own operators in it)."""
+    found: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch, _Others() as others:
+        patch.setattr(launch, "execute", lambda kernel, programs, a, device: found.append(Launch(kernel, programs, a)))
+        run()
+    return found, others.names
+
+
+def module_of(b: BlockShape) -> nn.Module:
+    if b.kind == "separable":
+        return FusedDepthwiseSeparable(b.in_channels, b.out_channels, b.k, b.s)
+    return FusedInvResBlock(b.in_channels, b.k, b.exp_channels, b.out_channels, b.se, b.nl, b.s)
+
+
+class Recorded(NamedTuple):
+    """(launches, PyTorch's own operators) of a block's training and evaluation."""
+
+    forward: tuple[list[Launch], list[str]]
+    backward: tuple[list[Launch], list[str]]
+    evaluation: tuple[list[Launch], list[str]]
+
+    @property
+    def launches(self) -> list[Launch]:
+        return [each for part in self for each in part[0]]
+
+
+def _meta(module: nn.Module, dtype: torch.dtype):
+    """(chain, parameters, residual) under autocast to dtype: weights in it, everything else in float32."""
+    call = module.call()
+    parsed = chain.parse(call.spec)
+    names = [name for stage in parsed.stages for name in stage.parameter_names]
+    params = [
+        p.detach().to("meta", dtype if name == "weight" else torch.float32)
+        for p, name in zip(call.params, names, strict=True)
+    ]
+    return parsed, params, call.residual
+
+
+def record_block(b: BlockShape, batch: int, dtype: torch.dtype) -> Recorded:
+    kernels, module = TritonKernels(), module_of(b)
+    shape = (batch, b.in_channels, b.height, b.width)
+    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    parsed, params, residual = _meta(module.train(), dtype)
+    results: list = []
+
+    def forward() -> None:
+        results.extend(chain.forward(kernels, x, parsed.stages, params, residual, True))
+
+    def backward() -> None:
+        out, _, saved = results
+        needs = [True] * (1 + len(params))
+        chain.backward(kernels, torch.empty_like(out), x, parsed.stages, params, saved, residual, needs)
+
+    recorded = record(forward), record(backward)
+    parsed, params, residual = _meta(module.eval(), dtype)
+    return Recorded(*recorded, record(lambda: kernels.evaluate(x, (parsed,), params, (residual,))))
