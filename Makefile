@@ -24,6 +24,7 @@ help:
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(bin)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(bin)/python -m pytest $(TEST_ARGS) tests/test_triton_interpreter.py
 
 demo: $(VENV)/.installed-demo
 	$(bin)/python examples/demo.py --output demo.png

@@ -6,10 +6,18 @@ import argparse
 import json
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import mbn_kernels
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def report() -> dict:
@@ -24,9 +32,11 @@ def report() -> dict:
         "versions": {
             "mbn_kernels": mbn_kernels.__version__,
             "torch": torch.__version__,
+            "triton": _triton_version(),
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": {"instruction_set": instructions, "threads": torch.get_num_threads()},
         "backends": backends,
     }
@@ -44,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     instructions = facts["cpu"]["instruction_set"] or "none, the cpu backend is not available"
     rows = [
-        *facts["versions"].items(),
+        *((name, found or "not installed") for name, found in facts["versions"].items()),
+        ("GPU", facts["gpu"] or "none that torch can use"),
         ("CPU features", instructions),
         ("CPU threads", str(facts["cpu"]["threads"])),
         *((f"backend {name}", state) for name, state in facts["backends"].items()),

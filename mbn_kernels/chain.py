@@ -229,8 +229,8 @@ class Kernels(Protocol):
     def materialize(self, u: Value, residual: Tensor | None) -> Tensor: ...
     def materialize_gradient(self, g: Gradient, residual: Tensor | None) -> Tensor: ...
     def reduce_gradient(self, dv: Tensor, u: Value, norm: Norm | None):
-        """The sums of a stage's backward. With d = act'(n): ``[2, C]`` sums of dv*d and dv*d*x; with a gate ``[5, N, C]`` sums of dv*act(n), dv*d, d,
-        dv*d*x, d*x.
+        """The sums of a stage's backward. With d = act'(n): dv*d and dv*d*x for each channel; with a gate dv*act(n),
+        dv*d, d, dv*d*x and d*x for each image and channel.
         """
 
     def pointwise_backward(self, g: Gradient, weight, u: Value, norm, residual, want_du, want_sums, want_dweight): ...
@@ -345,9 +345,7 @@ def backward(
     return [dx if needs[0] else None, *typed]
 
 
-def _through_norm(
-    kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums
-) -> tuple[Gradient, dict]:
+def _through_norm(kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums) -> tuple[Gradient, dict]:
     """From the gradient of a stage's value and its sums: the gradient of its raw output, and those of its norm and
     gate.
     """

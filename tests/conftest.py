@@ -49,6 +49,19 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of test_triton_compiled.py: what the compiled Triton kernels take, at most, of each GPU."""
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    rows = [v for report in reports for name, v in getattr(report, "user_properties", ()) if name == "triton"]
+    if not rows:
+        return
+    terminalreporter.section("Triton kernels: variants, registers, bytes spilled, bytes of shared memory, at most")
+    for key in sorted({tuple(row[:3]) for row in rows}):
+        numbers = [row[3:] for row in rows if tuple(row[:3]) == key]
+        most = "".join(f"{max(column):>8}" for column in zip(*numbers, strict=True))
+        terminalreporter.write_line(f"{key[0]:<20} sm_{key[1]:<4} {key[2]:<9}{len(numbers):>5}{most}")
+
+
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
     """Leaves the random state, the number of threads and the choice of backend as they were."""

@@ -185,7 +185,7 @@ def test_statistics_far_from_zero(case: Case) -> None:
     _, mean, var = kernels.batch_norm(statistics, y.numel() // y.shape[1], None, None, 1e-5)
     exact = y.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(var.double(), exact.var(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(var.double(), exact.var(1), rtol=1e-6, atol=0)
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -258,6 +258,9 @@ def test_tiles_beyond_31_bits() -> None:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
+ACTIVATIONS_OF_A_LAUNCH = ("x", "y", "g_dv", "g_y", "residual", "du", "out")  # the rest is small
+
+
 class Traffic:
     """Every address that a launch reads and writes."""
 
@@ -282,8 +285,8 @@ class Traffic:
 
 
 def test_every_launch_reads_what_it_is_given_and_writes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No address outside of the tensors, none written by two programs or twice, all of each tensor read or written: so
-    a launch moves the bytes of its tensors, which is how test_triton_compiled.py counts them.
+    """No address outside of the tensors, none written by two programs or twice, all of each activation read or
+    written: so a launch moves the bytes of its tensors, which is how test_triton_compiled.py counts them.
     """
     seen: set[str] = set()
     execute = launch.execute
@@ -298,18 +301,19 @@ def test_every_launch_reads_what_it_is_given_and_writes_it_once(monkeypatch: pyt
         )
         assert len(np.unique(stores)) == len(stores), f"{name} writes an address twice"
         touched = np.unique(np.concatenate([loads, stores]))
-        owned = 0
+        owned = np.zeros(len(touched), bool)
         for argument, t in arguments.items():
             if isinstance(t, Tensor):
                 begin = t.data_ptr()
                 inside = (touched >= begin) & (touched < begin + t.numel() * t.element_size())
-                owned += int(inside.sum())
-                assert int(inside.sum()) == t.numel(), f"{name} does not touch all of {argument}"
-        assert owned == len(touched), f"{name} goes outside of its tensors"
+                owned |= inside
+                if argument in ACTIVATIONS_OF_A_LAUNCH:
+                    assert int(inside.sum()) == t.numel(), f"{name} does not touch all of {argument}"
+        assert owned.all(), f"{name} goes outside of its tensors"
         seen.add(name)
 
     monkeypatch.setattr(launch, "execute", checked)
-    for case in (BLOCKS[2], BLOCKS[4], STAGES[17], STAGES[22], BLOCKS[6]):
+    for case in (BLOCKS[2], BLOCKS[4], STAGES[15], STAGES[22], BLOCKS[6]):
         t = make_tensors(case).map(torch.Tensor.float)
         for training in (True, False):
             out = fused_chain(case, t, training)

@@ -1,5 +1,5 @@
-"""What the Triton backend would launch for a block at its real shape, without a GPU: every launch is recorded, on tensors
-of the meta device.
+"""What the Triton backend would launch for a block at its real shape, without a GPU: launches recorded on the meta
+device.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mbn_kernels import FusedDepthwiseSeparable, FusedInvResBlock, chain
 from mbn_kernels.models.tables import BlockShape
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from mbn_kernels.backends.triton import launch  # noqa: E402
-from mbn_kernels.backends.triton.kernels import TritonKernels  # noqa: E402
+from mbn_kernels.backends.triton import launch
+from mbn_kernels.backends.triton.kernels import TritonKernels
 
 
 class Launch(NamedTuple):
@@ -40,9 +40,21 @@ class Launch(NamedTuple):
 
 
 class _Others(TorchDispatchMode):
-    """Counts the operators of PyTorch itself that would start a kernel."""
+    """Counts the operators of PyTorch itself that would start a kernel; fill is that of the tests' poisoned memory."""
 
-    FREE = ("empty", "view", "select", "slice", "unbind", "expand", "detach", "unsqueeze", "alias", "as_strided")
+    FREE = (
+        "fill",
+        "empty",
+        "view",
+        "select",
+        "slice",
+        "unbind",
+        "expand",
+        "detach",
+        "unsqueeze",
+        "alias",
+        "as_strided",
+    )
 
     def __init__(self) -> None:
         super().__init__()

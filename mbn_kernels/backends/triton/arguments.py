@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ...activations import ACTIVATIONS
 from ...chain import Gradient, Norm, Value
 

@@ -68,10 +68,9 @@ def sum_parts(size: int, parts: int) -> Config:
 
 # 1x1 convolutions -----------------------------------------------------------------------------------------------------
 
-# What a thread can hold is a number of float32 registers, about two for each number of these sums that it has of a tile;
-# the limits leave room for addresses and let two programs or more share a multiprocessor without spilling.
-_MOST = 80
-_MOST_BACKWARD = 90
+# What a thread can hold of a tile is a matter of registers, about two for each of the numbers counted here; the limit
+# leaves room for addresses, and for two programs or more on a multiprocessor.
+_MOST = 76
 
 
 def _plain(dtype: torch.dtype, precision: str) -> bool:
@@ -96,9 +95,9 @@ def _product(pixels: int, rows: int, blocks: dict, numbers, most: int, stages: i
 
 def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:
     plain, found = _plain(dtype, precision), []
-    i = _block(inner, 16, 32 if plain else 64)
+    i = _block(inner, 16, 128 // dtype.itemsize)
     # A narrow input is cheap to read twice; a wide one is read once where a tile can be as wide as the output.
-    widest = 64 if plain else 128 if i >= inner or outer <= 128 else 256
+    widest = 64 if plain else 128 if i >= inner or outer <= 128 or dtype.itemsize == 4 else 256
     for most in (widest, widest // 2):
         o = _block(outer, 16, most)
         blocks = {"IN_BLOCK": i, "OUT_BLOCK": o, "ONE_BLOCK": i >= inner}
@@ -108,7 +107,7 @@ def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, p
 
 def holds(outer: int, dtype: torch.dtype, precision: str) -> bool:
     """Whether one block of a backward program can have all output channels, and so make dweight on the way."""
-    return outer <= min(64 if _plain(dtype, precision) else 256, largest_block)
+    return outer <= min(64 if _plain(dtype, precision) else 512 // dtype.itemsize, largest_block)
 
 
 def pointwise_backward(
@@ -116,28 +115,30 @@ def pointwise_backward(
 ) -> list[Config]:
     """``sums``: how many are taken, 0, 2 or 5."""
     plain, found = _plain(dtype, precision), []
-    o = _block(outer, 16, 256 if together else 32 if plain else 64)
+    o = _block(outer, 16, 512 // dtype.itemsize if together else 32 if plain else 64)
 
     def numbers(rows: int, i: int) -> int:
         of_du, of_dy = {0: 2, 2: 4, 5: 9}[sums], 1 if together else 2
         return rows * i * of_du + rows * o * of_dy + (o * i if together else 0)
 
-    i = _block(inner, 16, 64 if plain else 128)
-    while i > 16 and numbers(32, i) > _MOST_BACKWARD * 256:
+    i = _block(inner, 16, 64 if dtype.itemsize == 4 else 128)
+    while i > 16 and numbers(32, i) > _MOST * 256:
         i //= 2
-    for i in (i, max(i // 2, 16)):
-        blocks = {"IN_BLOCK": i, "OUT_BLOCK": o, "ONE_BLOCK": o >= outer}
-        rows = 32 if plain else 64
-        found.append(_product(pixels, rows, blocks, lambda rows, i=i: numbers(rows, i), _MOST_BACKWARD, 2))
+    for width in (i, max(i // 2, 16)):
+        blocks = {"IN_BLOCK": width, "OUT_BLOCK": o, "ONE_BLOCK": o >= outer}
+        rows = 32 if dtype.itemsize == 4 else 64
+        found.append(_product(pixels, rows, blocks, lambda rows, i=width: numbers(rows, i), _MOST, 2))
     return _distinct(found[0] + found[1][:3])
 
 
 def pointwise_weight(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:
     plain, found = _plain(dtype, precision), []
-    for most in (64,) if plain else (128, 64):
+    for most in (64,) if dtype.itemsize == 4 else (128, 64):
         i, o = _block(inner, 16, most), _block(outer, 16, most)
-        blocks, rows = {"IN_BLOCK": i, "OUT_BLOCK": o}, 32 if plain else 64
-        found += _product(pixels, rows, blocks, lambda rows, i=i, o=o: i * o + 2 * rows * (i + o), 192, 2)[:4]
+        blocks, rows = {"IN_BLOCK": i, "OUT_BLOCK": o}, 32 if dtype.itemsize == 4 else 64
+        found += _product(
+            pixels, rows, blocks, lambda rows, i=i, o=o: i * o + 2 * rows * (i + o), 90 if plain else 192, 2
+        )[:4]
     return _distinct(found)
 
 
@@ -167,13 +168,16 @@ def _depthwise(images, channels, steps, columns, device, a_thread: int) -> list[
     return _distinct(found)
 
 
-def depthwise_forward(images, channels, steps, columns, kernel, dtype, device) -> list[Config]:
+def depthwise_forward(images, channels, steps, columns, kernel, step, statistics, dtype, device) -> list[Config]:
+    """``step``: the input rows that a step brings; they are loaded a step ahead. Statistics take registers, too."""
     taps = kernel[0] * kernel[1]
-    a_thread = min(16 // dtype.itemsize, 8 if taps <= 9 else 4 if taps <= 25 else 2)
+    a_thread = min(16 // dtype.itemsize, (4 if statistics else 8) if taps <= 9 else 4 if taps <= 25 else 2)
+    while a_thread > 1 and 2 * min(step, kernel[0]) * kernel[1] * a_thread * dtype.itemsize > 256:
+        a_thread //= 2
     return _depthwise(images, channels, steps, columns, device, a_thread)
 
 
 def depthwise_backward(images, channels, steps, columns, kernel, dtype, device) -> list[Config]:
     taps = kernel[0] * kernel[1]
-    a_thread = min(16 // dtype.itemsize, 4 if taps <= 9 else 2 if taps <= 25 else 1)
+    a_thread = min(8 // dtype.itemsize, 4 if taps <= 9 else 2 if taps <= 25 else 1)
     return _depthwise(images, channels, steps, columns, device, a_thread)

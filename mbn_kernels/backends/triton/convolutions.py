@@ -100,6 +100,8 @@ def pointwise_backward(
         sums = empty_sums(u, groups) if want_sums else None
         parts = vectors(u.y, groups.count, outer, inner) if together else None
         own = {"weight": weight, "residual": residual, "du": du, "sums": sums, "dweight": parts}
+        if not (want_sums or together):
+            own |= {"x": None, "scale": None, "shift": None, "gate": None}  # du alone does not depend on u
         arguments = {**shared, **own, **norm_arguments(norm_of), **groups._asdict(), **tile.arguments()}
         launch(pointwise.pointwise_backward, groups.count * blocks, device, **arguments)
         return du, sums, parts
@@ -161,7 +163,7 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
         launch(depthwise.depthwise_forward, groups.count * blocks, y.device, **arguments)
         return y, found, pooled
 
-    tiles = config.depthwise_forward(n, c, steps, ow, stage.kernel, u.y.dtype, u.y.device)
+    tiles = config.depthwise_forward(n, c, steps, ow, stage.kernel, step, statistics, u.y.dtype, u.y.device)
     return tuning.best(_key("depthwise_forward", u, stage, by_image, statistics), tiles, u.y.device, run)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import SILU, activate, activate_grad, gradient, merge, normalised, store_sums, value, vector
+from .device import SILU, activate, activate_grad, gradient, merge, normalised, store_moments, store_sums, value, vector
 
 
 @triton.jit
@@ -42,10 +42,10 @@ def _window(weight, c, keep, KH: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
-def _tap(total, w, v, I: tl.constexpr, J: tl.constexpr, KW: tl.constexpr):
-    """Adds what an input row, seen through window row I (of this output row none if negative), gives by column J."""
-    if I >= 0:
-        total += w[I * KW + J][None, :] * v
+def _tap(total, w, v, ROW: tl.constexpr, COLUMN: tl.constexpr, KW: tl.constexpr):
+    """Adds what an input row, seen through window row ROW (none if negative), gives by a window column."""
+    if ROW >= 0:
+        total += w[ROW * KW + COLUMN][None, :] * v
     return total
 
 
@@ -99,6 +99,7 @@ def depthwise_forward(
         if bias is not None:
             out_shift += vector(bias, c, keep)
     count = 0.0
+    pivot = tl.zeros((CHANNELS,), tl.float32)  # the first unit's: statistics are taken of what differs from it
     means, m2 = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
     zero = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     squeezed = zero
@@ -112,7 +113,7 @@ def depthwise_forward(
         some = column < tl.where(live, OW, 0)
         some_mask = some[:, None] & keep[None, :]
         from_column, row_of = column * SW - left, phase * SH - top
-        rows_done, row_mean, row_m2 = 0.0, zero, zero
+        rows_done, base, row_mean, row_m2 = 0.0, zero, zero, zero
         ring = ()
         for a in tl.static_range(RING):
             ring = ring + (zero,)
@@ -156,9 +157,10 @@ def depthwise_forward(
             stored = total.to(DTYPE)
             tl.store(y + row + at, stored, mask=mask)
             kept = stored.to(tl.float32)
-            if moments is not None:  # Welford's update, for each column alone
+            if moments is not None:  # Welford's update, for each column alone, of what differs from its first row
                 rows_done += emit.to(tl.float32)
-                delta = tl.where(mask, kept - row_mean, 0.0)
+                base = tl.where(rows_done <= 1.0, tl.where(mask, kept, 0.0), base)
+                delta = tl.where(mask, kept - base - row_mean, 0.0)
                 share = 1.0 / tl.maximum(rows_done, 1.0)
                 row_mean += delta * share
                 row_m2 += delta * delta * (1.0 - share)
@@ -166,8 +168,12 @@ def depthwise_forward(
                 squeezed += tl.where(mask, kept, 0.0)
         if moments is not None:
             valid = tl.sum(some.to(tl.float32), 0)
-            unit_mean = tl.sum(row_mean, 0) / tl.maximum(valid, 1.0)
-            off = tl.where(some_mask, row_mean - unit_mean[None, :], 0.0)
+            share = 1.0 / tl.maximum(valid, 1.0)
+            if t == 0:
+                pivot = tl.sum(base, 0) * share
+            off = tl.where(some_mask, base - pivot[None, :] + row_mean, 0.0)
+            unit_mean = tl.sum(off, 0) * share
+            off = tl.where(some_mask, off - unit_mean[None, :], 0.0)
             unit_m2 = tl.sum(row_m2 + rows_done * off * off, 0)
             count, means, m2 = merge(count, means, m2, valid * rows_done, unit_mean, unit_m2)
         if pooled is not None and t % run == run - 1:
@@ -175,10 +181,7 @@ def depthwise_forward(
             tl.store(to, tl.sum(squeezed, 0) * factor, mask=keep)
             squeezed = zero
     if moments is not None:
-        to = moments + group.to(tl.int64) * 2 * C + c
-        tl.store(to, means, mask=keep)
-        tl.store(to + C, m2, mask=keep)
-        tl.store(counts + group, count)
+        store_moments(moments, counts, group, program % blocks, c, C, keep, pivot, means, m2, count)
 
 
 @triton.jit
@@ -203,19 +206,19 @@ def _output_rows_ahead(
 
 @triton.jit
 def _reached(
-    total, w, dy, I: tl.constexpr, REACH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DW: tl.constexpr
+    total, w, dy, ROW: tl.constexpr, REACH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DW: tl.constexpr
 ):  # fmt: skip
-    """Adds what dy gives to the input row of window row I, if a window column is REACH = column*DW from it."""
-    if I < KH and REACH >= 0 and REACH % DW == 0 and REACH // DW < KW:
-        total += w[I * KW + REACH // DW][None, :] * dy
+    """Adds what dy gives to the input row of window row ROW, if a window column is REACH = column*DW from it."""
+    if ROW < KH and REACH >= 0 and REACH % DW == 0 and REACH // DW < KW:
+        total += w[ROW * KW + REACH // DW][None, :] * dy
     return total
 
 
 @triton.jit
-def _met(total, values, dy, I: tl.constexpr, S: tl.constexpr, SW: tl.constexpr):
-    """Adds a window weight's gradient: dy times the value it met, in ring row I, if that is one of its SW columns."""
+def _met(total, values, dy, ROW: tl.constexpr, S: tl.constexpr, SW: tl.constexpr):
+    """Adds a window weight's gradient: dy times the value it met, in ring row ROW, if that is one of SW columns."""
     if S >= 0 and S < SW:
-        total += dy * values[I * SW + S]
+        total += dy * values[ROW * SW + S]
     return total
 
 

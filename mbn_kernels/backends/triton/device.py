@@ -60,7 +60,7 @@ def activate(n, ACT: tl.constexpr):
 @triton.jit
 def activate_grad(n, ACT: tl.constexpr):
     """Its derivative; at a kink the subgradient that PyTorch gives."""
-    d = n * 0.0 + 1.0
+    d = tl.full(n.shape, 1.0, tl.float32)
     if ACT == RELU:
         d = tl.where(n <= 0.0, 0.0, 1.0)
     elif ACT == RELU6:
@@ -130,7 +130,7 @@ def product(a, b, total, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def merge(count, mean, m2, count_b, mean_b, m2_b):
-    """(count, mean, sum of squared deviations) of two sets of numbers from those of each (Chan, Golub, LeVeque 1983)."""
+    """(count, mean, sum of squared deviations) of two sets of numbers, from each one's (Chan, Golub, LeVeque 1983)."""
     total = count + count_b
     part = tl.where(total > 0, count_b / tl.maximum(total, 1.0), 0.0)
     delta = mean_b - mean
@@ -145,6 +145,16 @@ def store_sums(to, channels, keep, t1, t2, t3, t4, t5):
     tl.store(to + 2 * channels, t3, mask=keep)
     tl.store(to + 3 * channels, t4, mask=keep)
     tl.store(to + 4 * channels, t5, mask=keep)
+
+
+@triton.jit
+def store_moments(moments, counts, group, block, c, channels, keep, pivot, mean, m2, count):
+    """A part of :class:`norm.Statistics`; the count by the first block of channels."""
+    to = moments + group.to(tl.int64) * 3 * channels + c
+    tl.store(to, pivot, mask=keep)
+    tl.store(to + channels, mean, mask=keep)
+    tl.store(to + 2 * channels, m2, mask=keep)
+    tl.store(counts + group, count, mask=block == 0)
 
 
 @triton.jit

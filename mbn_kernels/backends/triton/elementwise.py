@@ -17,7 +17,7 @@ from ..reference import empty_channels_last
 from . import config, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
 from .device import activate, activate_grad, gradient, normalised, store_sums, tile_rows, value, vector
-from .launch import Groups, cdiv, channel_unit, share_rows, launch, vectors
+from .launch import Groups, cdiv, channel_unit, launch, share_rows, vectors
 
 
 @triton.jit
@@ -113,7 +113,9 @@ def _reduce_gradient(
             t5 += d * y
             if t % run == run - 1:
                 to = sums + (image * parts + part) * 5 * channels + c
-                store_sums(to, channels, keep, tl.sum(t1, 0), tl.sum(t2, 0), tl.sum(t3, 0), tl.sum(t4, 0), tl.sum(t5, 0))
+                store_sums(
+                    to, channels, keep, tl.sum(t1, 0), tl.sum(t2, 0), tl.sum(t3, 0), tl.sum(t4, 0), tl.sum(t5, 0)
+                )
                 t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
     if gate is None:
         to = sums + group.to(tl.int64) * 2 * channels + c

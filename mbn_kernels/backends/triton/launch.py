@@ -47,9 +47,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class Groups(NamedTuple):
-    """How tiles are shared among programs. Each of ``images`` has ``pixels`` rows in tiles; a group takes the same part,
-    ``run`` tiles, of ``span`` images after each other, and an image has ``parts`` of them. Where nothing depends on the
-    image, all rows are one image.
+    """How tiles are shared among programs. Each of ``images`` has ``pixels`` rows in tiles; a group takes the same
+    part, ``run`` tiles, of ``span`` images after each other, and an image has ``parts`` of them. Where nothing depends
+    on the image, all rows are one image.
     """
 
     images: int

@@ -13,13 +13,14 @@ from .launch import cdiv, launch, vectors
 
 
 class Statistics:
-    """Statistics of a raw output in parts: means and sums of squared deviations ``[parts, 2, C]``, and how many
-    values each part has ``[parts]``.
+    """Statistics of a raw output in parts: of each part a number near its mean (the pivot), what the mean differs from
+    it, and the sum of squared deviations, ``[parts, 3, C]``; and how many values it has, ``[parts]``. Two numbers for a
+    mean, since one has not the digits for the variance of numbers far from zero.
     """
 
     def __init__(self, like: Tensor, parts: int, channels: int) -> None:
-        numbers = vectors(like, parts * (2 * channels + 1))
-        self.parts, self.moments, self.counts = parts, numbers[: 2 * channels * parts], numbers[2 * channels * parts :]
+        numbers = vectors(like, parts * (3 * channels + 1))
+        self.parts, self.moments, self.counts = parts, numbers[: 3 * channels * parts], numbers[3 * channels * parts :]
 
     def arguments(self) -> dict:
         return {"counts": self.counts, "moments": self.moments}
@@ -29,7 +30,7 @@ def one_part(y: Tensor, mean: Tensor, var: Tensor) -> Statistics:
     """Statistics that are whole already."""
     found, count = Statistics(y, 1, len(mean)), y.numel() // len(mean)
     found.counts.fill_(count)
-    found.moments.view(2, -1).copy_(torch.stack([mean, var * count]))
+    found.moments.view(3, -1).copy_(torch.stack([mean, torch.zeros_like(mean), var * count]))
     return found
 
 
@@ -50,6 +51,18 @@ def _store_norm(norm, c, channels, keep, weight, bias, mean, var, eps):
 
 
 @triton.jit
+def _part_means(counts, moments, part, parts, c, channels, keep, pivot):
+    """(how many values parts have, what their means differ from the pivot); nothing of a part without values."""
+    mask = part < parts
+    n = tl.load(counts + part, mask=mask, other=0.0)
+    at = part[:, None] * (3 * channels) + c[None, :]
+    both = mask[:, None] & keep[None, :]
+    own = tl.load(moments + at, mask=both, other=0.0) - pivot
+    off = own + tl.load(moments + at + channels, mask=both, other=0.0)
+    return n, tl.where((n > 0)[:, None], off, 0.0)
+
+
+@triton.jit
 def _batch_norm(
     counts, moments, weight, bias, norm, mean_out, var_out,
     parts, channels, eps, unbiased,
@@ -58,24 +71,23 @@ def _batch_norm(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < channels
     p = tl.arange(0, PARTS)
+    pivot = tl.load(moments + c, mask=keep, other=0.0)[None, :]  # the first part's; every mean is taken from it
     weighted = tl.zeros((PARTS, CHANNELS), tl.float32)
     total = tl.zeros((PARTS,), tl.float32)
     for first in range(0, parts, PARTS):
-        mask = first + p < parts
-        n = tl.load(counts + first + p, mask=mask, other=0.0)
-        at = (first + p)[:, None] * (2 * channels) + c[None, :]
-        weighted += n[:, None] * tl.load(moments + at, mask=mask[:, None] & keep[None, :], other=0.0)
+        n, off = _part_means(counts, moments, first + p, parts, c, channels, keep, pivot)
+        weighted += n[:, None] * off
         total += n
     count = tl.sum(total, 0)
-    mean = tl.sum(weighted, 0) / count
+    off_mean = tl.sum(weighted, 0) / count
     m2 = tl.zeros((PARTS, CHANNELS), tl.float32)
     for first in range(0, parts, PARTS):
-        mask = first + p < parts
-        n = tl.load(counts + first + p, mask=mask, other=0.0)
-        at = (first + p)[:, None] * (2 * channels) + c[None, :]
-        both = mask[:, None] & keep[None, :]
-        delta = tl.load(moments + at, mask=both, other=0.0) - mean[None, :]
-        m2 += tl.load(moments + at + channels, mask=both, other=0.0) + n[:, None] * delta * delta
+        n, off = _part_means(counts, moments, first + p, parts, c, channels, keep, pivot)
+        at = (first + p)[:, None] * (3 * channels) + 2 * channels + c[None, :]
+        delta = off - off_mean[None, :]
+        within = tl.load(moments + at, mask=(first + p < parts)[:, None] & keep[None, :], other=0.0)
+        m2 += within + n[:, None] * delta * delta
+    mean = tl.load(moments + c, mask=keep, other=0.0) + off_mean
     var = tl.sum(m2, 0) / count
     _store_norm(norm, c, channels, keep, weight, bias, mean, var, eps)
     tl.store(mean_out + c, mean, mask=keep)
@@ -149,7 +161,7 @@ def _per_channel(kernel, channels: int, parts: int, device: torch.device, /, **a
 
 
 def batch_norm(statistics: Statistics, count: int, weight: Tensor | None, bias: Tensor | None, eps: float):
-    channels = statistics.moments.numel() // (2 * statistics.parts)
+    channels = statistics.moments.numel() // (3 * statistics.parts)
     norm, mean, var = (vectors(statistics.moments, *shape) for shape in ((4, channels), (channels,), (channels,)))
     unbiased = count / (count - 1) if count > 1 else float("nan")
     _per_channel(

@@ -10,7 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import activate, activate_grad, gradient, merge, normalised, product, store_sums, tile_rows, value, vector
+from .device import (
+    activate,
+    activate_grad,
+    gradient,
+    merge,
+    normalised,
+    product,
+    store_moments,
+    store_sums,
+    tile_rows,
+    value,
+    vector,
+)
 
 
 @triton.jit
@@ -81,6 +93,7 @@ def pointwise_forward(
     if ONE_BLOCK:  # the whole weight stays in registers or shared memory
         w = _weight_tile(weight, n[None, :], k0[:, None], OUT, IN, DTYPE)
     count = 0.0
+    pivot = tl.zeros((OUT_BLOCK,), tl.float32)  # the first tile's mean: statistics are taken of what differs from it
     means, m2 = tl.zeros((OUT_BLOCK,), tl.float32), tl.zeros((OUT_BLOCK,), tl.float32)
 
     for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=STAGES):
@@ -109,14 +122,15 @@ def pointwise_forward(
         if moments is not None:
             kept = stored.to(tl.float32)
             valid = rows.to(tl.float32)
-            tile_mean = tl.sum(tl.where(mask, kept, 0.0), 0) / tl.maximum(valid, 1.0)
-            off = tl.where(mask, kept - tile_mean[None, :], 0.0)
+            share = 1.0 / tl.maximum(valid, 1.0)
+            if t == 0:
+                pivot = tl.sum(tl.where(mask, kept, 0.0), 0) * share
+            off = tl.where(mask, kept - pivot[None, :], 0.0)
+            tile_mean = tl.sum(off, 0) * share
+            off = tl.where(mask, off - tile_mean[None, :], 0.0)
             count, means, m2 = merge(count, means, m2, valid, tile_mean, tl.sum(off * off, 0))
     if moments is not None:
-        to = moments + group.to(tl.int64) * 2 * OUT + n
-        tl.store(to, means, mask=keep)
-        tl.store(to + OUT, m2, mask=keep)
-        tl.store(counts + group, count)
+        store_moments(moments, counts, group, program % blocks, n, OUT, keep, pivot, means, m2, count)
 
 
 @triton.jit

@@ -1,0 +1,236 @@
+"""The Triton kernels of MobileNetV3-Large at its real shapes, batch 256, compiled for NVIDIA GPUs without one:
+registers, spills, shared memory, wide loads, matrix instructions; and, from the launches alone, how many there are and
+what they move.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_record import Launch, Recorded, record_block
+
+from mbn_kernels.backends.triton import config, device
+from mbn_kernels.models.tables import BlockShape, layer_shapes
+
+pytestmark = pytest.mark.skipif(device.INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+LARGE = "mobilenet_v3_large"
+BATCH = 256
+ARCHITECTURES = (80, 90, 100)
+#: What a program may have on the smallest of the GPUs from sm_80 on: sm_86, sm_89 and sm_120.
+SHARED = 99 * 1024
+#: ptxas keeps a number or two of a thread in memory where one more program then fits on a multiprocessor.
+SPILLED = 16
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
+
+def source(launch: Launch) -> ASTSource:
+    """What the launch would compile: as Triton does, 1 and None are constants, and multiples of 16 are known to be."""
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(launch.kernel.params):
+        v = launch.arguments[p.name]
+        if p.is_constexpr or v is None or (type(v) is int and v == 1):
+            signature[p.name], constants[(i,)] = "constexpr", v
+            continue
+        if isinstance(v, torch.Tensor):
+            signature[p.name], aligned = POINTERS[v.dtype], v.storage_offset() * v.element_size() % 16 == 0
+        elif isinstance(v, float):
+            signature[p.name], aligned = "fp32", False
+        else:
+            signature[p.name], aligned = "i32" if abs(v) < 2**31 else "i64", v % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def options(launch: Launch) -> dict:
+    return {name: launch.arguments[name] for name in OPTIONS}
+
+
+def distinct(launches: Iterator[Launch]) -> list[Launch]:
+    """One of the launches that compile to the same code."""
+    found = {}
+    for launch in launches:
+        s = source(launch)
+        found.setdefault((launch.name, str((s.signature, s.constants, s.attrs, options(launch)))), launch)
+    return [found[key] for key in sorted(found)]
+
+
+class Compiled(NamedTuple):
+    """What ptxas made of a kernel."""
+
+    registers: int
+    spilled: int  # bytes of stack
+    shared: int
+    sass: str
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.sass))
+
+
+def tool(*arguments: str) -> str:
+    """Runs the cuobjdump that Triton brings along."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compiled(launch: Launch, architecture: int) -> Compiled:
+    binary = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=options(launch))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        used, sass = tool("-res-usage", file.name), tool("-sass", file.name)
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return Compiled(registers, stack + local, binary.metadata.shared, sass)
+
+
+def title(launch: Launch, architecture: int) -> str:
+    sizes = {k: v for k, v in launch.arguments.items() if k.isupper() and isinstance(v, int)}
+    return f"sm_{architecture} {launch.name} {sizes} num_warps {launch.arguments['num_warps']}"
+
+
+PRECISIONS = {"bfloat16": (torch.bfloat16, True), "tf32": (torch.float32, True), "float32": (torch.float32, False)}
+#: Every GPU with the dtype that it is trained with; float32 on one of them, as its tiles are smaller.
+CHOICES = [(a, "bfloat16") for a in ARCHITECTURES] + [(80, "tf32"), (90, "float32")]
+#: So many processes at most can share a choice.
+PIECES = 4
+
+
+@functools.cache
+def recorded(precision: str) -> tuple[Recorded, ...]:
+    dtype, tf32 = PRECISIONS[precision]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+        return tuple(record_block(b, BATCH, dtype) for b in layer_shapes(LARGE))
+
+
+@pytest.mark.parametrize("piece", range(PIECES))
+@pytest.mark.parametrize("architecture, precision", CHOICES)
+def test_every_kernel_compiles(architecture: int, precision: str, piece: int, record_property) -> None:
+    found, faults = distinct(launch for block in recorded(precision) for launch in block.launches), []
+    for launch in found[piece::PIECES]:
+        made = compiled(launch, architecture)
+        record_property("triton", (launch.name, architecture, precision, made.registers, made.spilled, made.shared))
+        new = [f"{made.spilled} bytes spilled"] if made.spilled > SPILLED else []
+        new += [f"{made.shared} bytes of shared memory"] if made.shared > SHARED else []
+        faults += [f"{title(launch, architecture)}: {fault}" for fault in new + instruction_faults(launch, made)]
+    assert not faults, "\n".join(faults)
+
+
+def instruction_faults(launch: Launch, made: Compiled) -> list[str]:
+    """Narrow loads and stores where a kernel waits for memory, and products without the matrix units."""
+    a, faults = launch.arguments, []
+    if launch.name in ("_materialize", "_reduce_gradient", "_pool"):
+        wide = 16
+    elif launch.name.startswith("depthwise"):  # as wide as leaves room for the window in registers
+        wide = a["COLUMNS"] * a["CHANNELS"] // (32 * a["num_warps"]) * a["x"].element_size()
+    else:
+        wide = 0
+    bits = min(8 * wide, 128)
+    if wide and bits > 32 and not made.count(rf"LDG\S*\.{bits}\b"):
+        faults.append(f"no load of {wide} bytes")
+    if wide and bits > 32 and launch.name not in ("_reduce_gradient", "_pool") and not made.count(rf"STG\S*\.{bits}\b"):
+        faults.append(f"no store of {wide} bytes")
+    if launch.name.startswith("pointwise"):
+        if not made.count(r"(LDG|LDGSTS)\S*\.128\b"):
+            faults.append("no load of 16 bytes")
+        plain = a["x" if a["x"] is not None else "g_dv"].dtype == torch.float32 and a["PRECISION"] == "ieee"
+        if not plain and not made.count(r"\b(HMMA|HGMMA|UTC\w*MMA)"):
+            faults.append("no matrix instruction")
+    return faults
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bfloat16", "float32"))
+def test_few_candidates(dtype: torch.dtype) -> None:
+    """At most eight tile sizes to try for a kernel, no two the same."""
+    device = torch.device("meta")
+    for inner in (1, 16, 24, 112, 960):
+        for outer in (1, 16, 40, 200, 672):
+            for rounding in ("ieee", "tf32"):
+                lists = [
+                    config.pointwise_forward(50176, inner, outer, dtype, rounding),
+                    *(
+                        config.pointwise_backward(50176, inner, outer, dtype, rounding, together, sums)
+                        for together in (True, False)
+                        for sums in (0, 2, 5)
+                    ),
+                    config.pointwise_weight(50176, inner, outer, dtype, rounding),
+                ]
+                assert all(1 <= len(found) <= 8 for found in lists)
+    for channels in (1, 16, 72, 960):
+        for k in (3, 5, 7):
+            for columns in (1, 7, 112):
+                shape = (256, channels, columns, columns, (k, k))
+                lists = [
+                    config.depthwise_forward(*shape, 1, True, dtype, device),
+                    config.depthwise_backward(*shape, dtype, device),
+                    config.elementwise(channels, columns**2),
+                ]
+                assert all(1 <= len(found) <= 8 for found in lists)
+
+
+# Launches and bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_launches_of_a_block() -> None:
+    """(kernels, PyTorch's own) that training's forward, its backward and evaluation start, as docs/design.md says.
+
+    No kernel is there for batch norm's or an activation's backward, or to scale by squeeze-excite.
+    """
+
+    def counts(network: str, i: int) -> list[tuple[int, int]]:
+        block = record_block(layer_shapes(network)[i], BATCH, torch.bfloat16)
+        return [(len(launches), len(others)) for launches, others in block]
+
+    assert counts("mobilenet_v1", 2) == [(5, 0), (7, 0), (2, 0)]
+    assert counts("mobilenet_v2", 2) == [(7, 0), (10, 0), (3, 0)]
+    assert counts(LARGE, 13) == [(10, 0), (22, 2), (5, 0)]
+
+
+def least_bytes(b: BlockShape) -> int:
+    """The minimum of a training step of a block, in 16-bit numbers an image: docs/design.md, "What it costs".
+
+    Forward: each convolution reads its input and writes its output, squeeze-excite reads the depthwise output, the last
+    stage is materialised. Backward: each convolution reads its input, its output and the gradient of that, and writes
+    the gradient of its input; the last stage's sums read its output and gradient.
+    """
+    pixels, after = b.height * b.width, -(-b.height // b.s) * -(-b.width // b.s)
+    expands = b.exp_channels != b.in_channels
+    x, e, d, p = b.in_channels * pixels, b.exp_channels * pixels, b.exp_channels * after, b.out_channels * after
+    residual = p if b.s == 1 and b.in_channels == b.out_channels else 0
+    expansion = (x + e, 2 * e + 2 * x) if expands else (0, 0)
+    forward = expansion[0] + e + d + (d if b.se else 0) + d + p + 2 * p + residual
+    backward = 2 * p + (2 * p + 2 * d) + (2 * d + 2 * e) + expansion[1] + residual
+    return 2 * (forward + backward)
+
+
+def test_bytes_of_a_training_step() -> None:
+    """All of MobileNetV3-Large's blocks move at most 1.15 times the minimum: every launch reads and writes its tensors
+    once (test_triton_interpreter.py counts), those for partial results and weights included. Programs that read the
+    same rows run side by side, so that a second reading is the cache's.
+    """
+    moved = [
+        sum(launch.bytes for launch in block.forward[0] + block.backward[0]) / BATCH for block in recorded("bfloat16")
+    ]
+    least = [least_bytes(b) for b in layer_shapes(LARGE)]
+    assert 58e6 < sum(least) < 59e6
+    assert sum(moved) <= 1.10 * sum(least)
+    evaluated = sum(launch.bytes for block in recorded("bfloat16") for launch in block.evaluation[0]) / BATCH
+    assert evaluated <= 18.8e6  # every tensor between two layers written and read once
