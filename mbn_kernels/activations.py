@@ -1,7 +1,7 @@
 """Activations and their derivatives, defined once for everything written in Python.
 
-``csrc/activation.h`` is the same table for C++ and CUDA, ``backends/triton/device.py`` for Triton; the codes are part of
-the kernel operators' schemas. At a kink the derivative is the subgradient that PyTorch gives, and NaN passes through.
+``csrc/activation.h`` is the same table for C++ and CUDA, ``backends/triton/device.py`` for Triton; the codes are part
+of the kernel operators' schemas. At a kink the derivative is the subgradient that PyTorch gives; NaN passes through.
 """
 
 from __future__ import annotations

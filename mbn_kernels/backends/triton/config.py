@@ -105,9 +105,13 @@ def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, p
     return _distinct(found[0] + found[1][:3])
 
 
-def holds(outer: int, dtype: torch.dtype, precision: str) -> bool:
+#: By bytes of a number.
+_HELD = {2: 256, 4: 64}
+
+
+def holds(outer: int, dtype: torch.dtype) -> bool:
     """Whether one block of a backward program can have all output channels, and so make dweight on the way."""
-    return outer <= min(64 if _plain(dtype, precision) else 512 // dtype.itemsize, largest_block)
+    return outer <= min(_HELD[dtype.itemsize], largest_block)
 
 
 def pointwise_backward(
@@ -115,13 +119,13 @@ def pointwise_backward(
 ) -> list[Config]:
     """``sums``: how many are taken, 0, 2 or 5."""
     plain, found = _plain(dtype, precision), []
-    o = _block(outer, 16, 512 // dtype.itemsize if together else 32 if plain else 64)
+    o = _block(outer, 16, _HELD[dtype.itemsize] if together else 32 if plain else 64)
 
     def numbers(rows: int, i: int) -> int:
         of_du, of_dy = {0: 2, 2: 4, 5: 9}[sums], 1 if together else 2
         return rows * i * of_du + rows * o * of_dy + (o * i if together else 0)
 
-    i = _block(inner, 16, 64 if dtype.itemsize == 4 else 128)
+    i = _block(inner, 16, 128 if dtype.itemsize == 2 else 32 if together else 64)
     while i > 16 and numbers(32, i) > _MOST * 256:
         i //= 2
     for width in (i, max(i // 2, 16)):

@@ -31,8 +31,10 @@ RAW = epilogue(None, {})
 
 def precision(dtype: torch.dtype, conv: bool = True) -> str:
     """How float32 products are rounded: as torch is told to for convolutions, or for the gate's two products."""
-    allowed = torch.backends.cudnn.allow_tf32 if conv else torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    wanted = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
+    return "tf32" if wanted.fp32_precision == "tf32" else "ieee"
 
 
 def _statistics(y: Tensor, wanted: bool, groups: Groups) -> tuple[norm.Statistics | None, dict]:
@@ -70,9 +72,10 @@ def pointwise_forward(u: Value, weight: Tensor, statistics: bool, after: dict, r
         return y, found
 
     pixels = h * w if by_image else n * h * w
-    tiles = config.pointwise_forward(pixels, inner, outer, u.y.dtype, rounding)
     key = ("pointwise_forward", n, h * w, inner, outer, str(u.y.dtype), rounding, by_image, statistics)
-    return tuning.best(key, tiles, u.y.device, run)
+    return tuning.best(
+        key, lambda: config.pointwise_forward(pixels, inner, outer, u.y.dtype, rounding), u.y.device, run
+    )
 
 
 def pointwise_backward(
@@ -84,7 +87,7 @@ def pointwise_backward(
     """
     (n, inner, h, w), outer, dtype, device = u.y.shape, weight.shape[0], u.y.dtype, u.y.device
     by_image = u.gate is not None or g.of.gate is not None
-    together = want_du and want_dweight and config.holds(outer, dtype, rounding)
+    together = want_du and want_dweight and config.holds(outer, dtype)
     pixels, sums_of = h * w if by_image else n * h * w, 0 if not want_sums else 2 if u.gate is None else 5
     channels = _channels(inner, outer)
     shared = {**gradient_arguments(g), **value_arguments(u), **channels, "PRECISION": rounding}
@@ -116,11 +119,19 @@ def pointwise_backward(
 
     du = sums = parts = None
     if want_du:
-        tiles = config.pointwise_backward(pixels, inner, outer, dtype, rounding, together, sums_of)
-        du, sums, parts = tuning.best(("pointwise_backward", *key, together, sums_of), tiles, device, run)
+        du, sums, parts = tuning.best(
+            ("pointwise_backward", *key, together, sums_of),
+            lambda: config.pointwise_backward(pixels, inner, outer, dtype, rounding, together, sums_of),
+            device,
+            run,
+        )
     if want_dweight and not together:
-        tiles = config.pointwise_weight(pixels, inner, outer, dtype, rounding)
-        parts = tuning.best(("pointwise_weight", *key), tiles, device, run_weight)
+        parts = tuning.best(
+            ("pointwise_weight", *key),
+            lambda: config.pointwise_weight(pixels, inner, outer, dtype, rounding),
+            device,
+            run_weight,
+        )
     return du, sums, _added(parts, weight.shape) if want_dweight else None
 
 
@@ -163,7 +174,9 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
         launch(depthwise.depthwise_forward, groups.count * blocks, y.device, **arguments)
         return y, found, pooled
 
-    tiles = config.depthwise_forward(n, c, steps, ow, stage.kernel, step, statistics, u.y.dtype, u.y.device)
+    def tiles() -> list[Config]:
+        return config.depthwise_forward(n, c, steps, ow, stage.kernel, step, statistics, u.y.dtype, u.y.device)
+
     return tuning.best(_key("depthwise_forward", u, stage, by_image, statistics), tiles, u.y.device, run)
 
 
@@ -193,7 +206,9 @@ def depthwise_backward(
         launch(depthwise.depthwise_backward, groups.count * blocks, u.y.device, **arguments)
         return du, sums, parts
 
-    tiles = config.depthwise_backward(n, c, steps, columns, stage.kernel, u.y.dtype, u.y.device)
+    def tiles() -> list[Config]:
+        return config.depthwise_backward(n, c, steps, columns, stage.kernel, u.y.dtype, u.y.device)
+
     key = _key("depthwise_backward", u, stage, by_image, want_du, want_sums, want_dweight)
     du, sums, parts = tuning.best(key, tiles, u.y.device, run)
     return du, sums, _added(parts, weight.shape) if want_dweight else None

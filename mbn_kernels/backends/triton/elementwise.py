@@ -6,6 +6,7 @@ one image and one block of channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import triton
@@ -163,8 +164,8 @@ def _run(name: str, like: Tensor, by_image: bool, run: Callable[[config.Config, 
     c, (images, pixels) = like.shape[1], _sizes(like, by_image)
     unit = channel_unit(c)
     shape = {"images": images, "pixels": pixels, "units": c // unit, "UNIT": unit}
-    tiles = config.elementwise(c, pixels)
     key = (name, *like.shape, str(like.dtype), by_image)
+    tiles = functools.partial(config.elementwise, c, pixels)
     return tuning.best(key, tiles, like.device, lambda tile: run(tile, {**shape, **tile.arguments()}))
 
 

@@ -78,11 +78,30 @@ def seconds(run: Callable[[], object]) -> float:
         return float("inf")
 
 
-def best(key: tuple, candidates: Sequence[Config], device: torch.device, run: Callable[[Config], Result]) -> Result:
-    """``run`` with the candidate to use for ``key``, everything that decides which is fastest."""
+#: What was decided in this process, by GPU and key.
+_decided: dict[tuple, Config] = {}
+
+
+def best(
+    key: tuple, candidates: Callable[[], Sequence[Config]], device: torch.device, run: Callable[[Config], Result]
+) -> Result:
+    """``run`` with the candidate to use for ``key``, which names everything that decides which is fastest."""
+    chosen = _decided.get((device, key))
+    if chosen is not None:
+        return run(chosen)
+    found = candidates()
     if INTERPRETED or device.type != "cuda":
-        return run(candidates[0])
-    return run(_choose(key, candidates, _gpu_name(device.index), run))
+        return run(found[0])
+    chosen = _choose(key, found, _gpu_name(device.index), run)
+    for config in (chosen, *found):
+        try:
+            result = run(config)
+        except triton.runtime.errors.OutOfResources:  # a GPU with less shared memory than those that the list is for
+            continue
+        if not (enabled() and torch.cuda.is_current_stream_capturing()):  # else it is measured after the capture
+            _decided[device, key] = config
+        return result
+    raise RuntimeError(f"{key[0]}: no tile size fits this GPU ({_gpu_name(device.index)})")
 
 
 def _choose(key: tuple, candidates: Sequence[Config], gpu: str, run: Callable[[Config], object]) -> Config:

@@ -1,0 +1,263 @@
+"""The choice of tile sizes: what is measured and when, what is kept, and who may write the file at the same time. Times
+are invented, so no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from mbn_kernels.backends.triton import tuning  # noqa: E402
+from mbn_kernels.backends.triton.config import Config  # noqa: E402
+
+CANDIDATES = [Config({"ROWS": 64, "ONE_BLOCK": True}, warps, 3, 8) for warps in (4, 2, 8)]
+LIKELY, SLOW, FAST = CANDIDATES
+TIMES = {LIKELY.warps: 2.0, SLOW.warps: 3.0, FAST.warps: 1.0}
+KEY = ("kernel", 256, 56, "torch.float32", (3, 3), True)
+GPU = torch.device("cuda", 0)
+
+
+def itself(tile: Config) -> Config:
+    """A kernel whose result is the tile it ran with."""
+    return tile
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A GPU by name only, tuning on, and a cache of its own."""
+    another_process()
+    monkeypatch.setenv("MBN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("MBN_TRITON_TUNE", "1")
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "_gpu_name", lambda index: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield
+    another_process()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The warps of every tile that was timed."""
+    found: list[int] = []
+
+    def seconds(run: Callable[[], Config]) -> float:
+        found.append(run().warps)
+        return TIMES[found[-1]]
+
+    monkeypatch.setattr(tuning, "seconds", seconds)
+    return found
+
+
+def best(key: tuple = KEY) -> Config:
+    return tuning.best(key, lambda: CANDIDATES, GPU, itself)
+
+
+def another_process() -> None:
+    """Forgets what only memory has."""
+    tuning._decided.clear()
+    tuning._choices.cache_clear()
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(f.name for f in directory.iterdir() if f.suffix == ".json")
+
+
+def test_without_tuning_the_likely_best_runs(
+    monkeypatch: pytest.MonkeyPatch, measured: list[int], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MBN_TRITON_TUNE", "0")
+    assert best() == LIKELY
+    another_process()
+    monkeypatch.delenv("MBN_TRITON_TUNE")
+    assert best() == LIKELY
+    assert not measured
+    assert not files(tmp_path)
+
+
+def test_on_the_cpu_the_likely_best_runs(measured: list[int]) -> None:
+    assert tuning.best(KEY, lambda: CANDIDATES, torch.device("cpu"), itself) == LIKELY
+    assert not measured
+
+
+def test_the_fastest_is_measured_once_and_kept(
+    monkeypatch: pytest.MonkeyPatch, measured: list[int], tmp_path: Path
+) -> None:
+    assert best() == FAST
+    assert measured == [c.warps for c in CANDIDATES]
+    assert best() == FAST
+    another_process()
+    assert best() == FAST
+    monkeypatch.delenv("MBN_TRITON_TUNE")
+    another_process()
+    assert best() == FAST
+    assert len(measured) == len(CANDIDATES)
+    assert tuning.read(tmp_path / files(tmp_path)[0]) == {str(KEY): FAST}
+
+
+def test_every_key_has_its_own_choice(measured: list[int], tmp_path: Path) -> None:
+    best(), best(("other", *KEY[1:]))
+    assert len(measured) == 2 * len(CANDIDATES)
+    assert len(tuning.read(tmp_path / files(tmp_path)[0])) == 2
+
+
+def test_one_candidate_needs_no_measurement(measured: list[int], tmp_path: Path) -> None:
+    assert tuning.best(KEY, lambda: [SLOW], GPU, itself) == SLOW
+    assert not measured
+    assert not files(tmp_path)
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch, measured: list[int], tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert best() == LIKELY
+        assert not measured
+        assert not files(tmp_path)
+    assert best() == FAST  # the capture has left no choice behind
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert best() == FAST  # what is known may be captured
+
+
+def test_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def do_bench(run: Callable[[], object], **settings: object) -> float:
+        run()
+        return 1.5
+
+    def needs_too_much() -> None:
+        raise triton.runtime.errors.OutOfResources(200_000, 101_376, "shared memory")
+
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    assert tuning.seconds(lambda: None) == 1.5
+    assert tuning.seconds(needs_too_much) == float("inf")
+    with pytest.raises(ZeroDivisionError):
+        tuning.seconds(fails)
+
+
+def needs_room(*too_large: Config) -> Callable[[Config], Config]:
+    """A kernel for which the GPU has not the shared memory in these tiles."""
+
+    def kernel(tile: Config) -> Config:
+        if tile in too_large:
+            raise triton.runtime.errors.OutOfResources(200_000, 101_376, "shared memory")
+        return tile
+
+    return kernel
+
+
+def test_a_tile_that_the_gpu_has_no_room_for_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **settings: TIMES[run().warps])
+    assert tuning.best(KEY, lambda: CANDIDATES, GPU, needs_room(FAST)) == LIKELY
+
+
+def test_the_next_tile_runs_where_the_likely_best_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the list is made for other GPUs; which one ran is remembered."""
+    monkeypatch.setenv("MBN_TRITON_TUNE", "0")
+    tried: list[Config] = []
+    kernel = needs_room(LIKELY)
+
+    def run(tile: Config) -> Config:
+        tried.append(tile)
+        return kernel(tile)
+
+    assert tuning.best(KEY, lambda: CANDIDATES, GPU, run) == SLOW
+    tried.clear()
+    assert tuning.best(KEY, lambda: CANDIDATES, GPU, run) == SLOW
+    assert tried == [SLOW]
+    with pytest.raises(RuntimeError, match="no tile size fits this GPU"):
+        tuning.best(("other", *KEY[1:]), lambda: CANDIDATES, GPU, needs_room(*CANDIDATES))
+
+
+DAMAGED = {
+    "empty": "",
+    "cut off": '{"a": {"blocks": {"ROWS": 64}, "warps": 4',
+    "not text": b"\xff\xfe\x00",
+    "a list": "[1, 2]",
+    "a number": "3",
+    "other entries": json.dumps({str(KEY): {"tile": 3}}),
+    "entries that are lists": json.dumps({str(KEY): [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_replaced(measured: list[int], tmp_path: Path, content: str | bytes) -> None:
+    best()
+    file = tmp_path / files(tmp_path)[0]
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    another_process()
+    assert best() == FAST
+    assert len(measured) == 2 * len(CANDIDATES)
+    assert tuning.read(file) == {str(KEY): FAST}
+    assert files(tmp_path) == [file.name]
+
+
+def test_gpus_and_versions_have_files_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, measured: list[int], tmp_path: Path
+) -> None:
+    h100 = tuning.cache_file("NVIDIA H100 80GB HBM3")
+    best()
+    assert files(tmp_path) == [h100.name]
+    others = [tuning.cache_file("NVIDIA H100 80GB HBM2"), tuning.cache_file("NVIDIA A100-SXM4-80GB")]
+    for owner in ("mbn_kernels", "triton"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{owner}.__version__", "99.1")
+            others.append(tuning.cache_file("NVIDIA H100 80GB HBM3"))
+            another_process()
+            best()
+    assert len({h100, *others}) == 5
+    assert files(tmp_path) == sorted(f.name for f in (h100, *others[2:]))
+    assert len(measured) == 3 * len(CANDIDATES)  # a choice of one version is not that of another
+
+
+PROCESSES, WRITES = 8, 12
+
+
+def write_many(file: Path, process: int, together) -> None:
+    together.wait()
+    for i in range(WRITES):
+        tuning.write(file, str((process, i)), Config({"ROWS": process}, i))
+
+
+def test_processes_that_write_at_once(tmp_path: Path) -> None:
+    """None loses another's choice, and whoever reads meanwhile finds whole files only."""
+    file = tmp_path / "choices.json"
+    context = multiprocessing.get_context("forkserver")  # processes that share nothing, but import only once
+    context.set_forkserver_preload(["mbn_kernels.backends.triton.tuning"])
+    together = context.Barrier(PROCESSES)
+    processes = [context.Process(target=write_many, args=(file, i, together)) for i in range(PROCESSES)]
+    for p in processes:
+        p.start()
+    seen = {0}
+    while any(p.is_alive() for p in processes):
+        if file.exists():
+            seen.add(len(json.loads(file.read_text())))
+    for p in processes:
+        p.join()
+        assert p.exitcode == 0
+    assert len(seen) > 2, "the reader came too late to see anything"
+    expected = {str((p, i)): Config({"ROWS": p}, i) for p in range(PROCESSES) for i in range(WRITES)}
+    assert tuning.read(file) == expected
+    assert files(tmp_path) == [file.name]
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, measured: list[int], tmp_path: Path) -> None:
+    """A training step goes on: it says so once, and what was measured is used as long as the process lives."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MBN_CACHE_DIR", str(tmp_path / "file" / "directory"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for key in (KEY, ("other", *KEY[1:])):
+            assert best(key) == FAST
+            assert best(key) == FAST
+    assert len(measured) == 2 * len(CANDIDATES)
+    assert ["mbn_kernels" in str(w.message) and str(tmp_path) in str(w.message) for w in seen] == [True]
