@@ -42,11 +42,13 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 def source(launch: Launch) -> ASTSource:
-    """What the launch would compile: as Triton does, 1 and None are constants, and multiples of 16 are known to be."""
+    """What the launch would compile: as Triton does, 1 and None are constants, and multiples of 16 are known to be, but
+    of the arguments that say that it should not matter.
+    """
     signature, constants, attributes = {}, {}, {}
     for i, p in enumerate(launch.kernel.params):
         v = launch.arguments[p.name]
-        if p.is_constexpr or v is None or (type(v) is int and v == 1):
+        if p.is_constexpr or v is None or (type(v) is int and v == 1 and not p.do_not_specialize):
             signature[p.name], constants[(i,)] = "constexpr", v
             continue
         if isinstance(v, torch.Tensor):
@@ -55,6 +57,7 @@ def source(launch: Launch) -> ASTSource:
             signature[p.name], aligned = "fp32", False
         else:
             signature[p.name], aligned = "i32" if abs(v) < 2**31 else "i64", v % 16 == 0
+            aligned = aligned and not p.do_not_specialize
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)

@@ -122,8 +122,11 @@ def pointwise_backward(
     o = _block(outer, 16, _HELD[dtype.itemsize] if together else 32 if plain else 64)
 
     def numbers(rows: int, i: int) -> int:
-        of_du, of_dy = {0: 2, 2: 4, 5: 9}[sums], 1 if together else 2
-        return rows * i * of_du + rows * o * of_dy + (o * i if together else 0)
+        of_du = {0: 2, 2: 4, 5: 9}[sums]
+        if not together:
+            return rows * i * of_du + 2 * rows * o
+        each = 2 if plain else 1  # the ordinary units hold the factors in registers, too
+        return each * (rows * i * of_du + rows * o + o * i)
 
     i = _block(inner, 16, 128 if dtype.itemsize == 2 else 32 if together else 64)
     while i > 16 and numbers(32, i) > _MOST * 256:

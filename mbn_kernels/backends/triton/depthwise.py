@@ -13,7 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import SILU, activate, activate_grad, gradient, merge, normalised, store_moments, store_sums, value, vector
+from .device import (
+    SILU,
+    activate,
+    activate_grad,
+    gradient,
+    kernel,
+    merge,
+    normalised,
+    store_moments,
+    store_sums,
+    value,
+    vector,
+)
 
 
 @triton.jit
@@ -67,7 +79,7 @@ def _rows_ahead(
     return tiles
 
 
-@triton.jit
+@kernel
 def depthwise_forward(
     x, scale, shift, gate, weight, y, counts, moments,
     mean, var, bn_weight, bias, residual, pooled,
@@ -222,7 +234,7 @@ def _met(total, values, dy, ROW: tl.constexpr, S: tl.constexpr, SW: tl.constexpr
     return total
 
 
-@triton.jit
+@kernel
 def depthwise_backward(
     g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c,
     x, scale, shift, gate, mean, rstd, weight, residual, du, sums, dweight,

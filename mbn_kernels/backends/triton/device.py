@@ -8,6 +8,7 @@ is left out of the compiled kernel.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
@@ -22,6 +23,18 @@ RELU, RELU6, HARDSWISH, SILU, HARDSIGMOID, SIGMOID = (
     tl.constexpr(ACTIVATIONS[name].code) for name in ("relu", "relu6", "hardswish", "silu", "hardsigmoid", "sigmoid")
 )
 _NAN = tl.constexpr(tl.PropagateNan.ALL)  # min and max that pass NaN through, one instruction as the others
+
+
+#: Arguments whose value changes nothing but how long a loop is: a kernel is not compiled anew where they are 1 or 16.
+_SIZES = (
+    "images", "pixels", "parts", "run", "span", "tiles", "units", "in_units", "out_units", "H", "W", "OH", "OW",
+    "phases", "strips", "strip", "column_blocks", "top", "left", "channels", "rows", "size",
+)  # fmt: skip
+
+
+def kernel(fn: Callable) -> triton.runtime.KernelInterface:
+    """A function that programs of a grid run, compiled for the types of its arguments and for its constants."""
+    return triton.jit(fn, do_not_specialize=_SIZES)
 
 
 @triton.jit

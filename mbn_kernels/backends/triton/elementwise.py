@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -17,11 +16,11 @@ from ...chain import Gradient, Norm, Value
 from ..reference import empty_channels_last
 from . import config, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
-from .device import activate, activate_grad, gradient, normalised, store_sums, tile_rows, value, vector
+from .device import activate, activate_grad, gradient, kernel, normalised, store_sums, tile_rows, value, vector
 from .launch import Groups, cdiv, channel_unit, launch, share_rows, vectors
 
 
-@triton.jit
+@kernel
 def _materialize(
     x, scale, shift, gate, residual, out,
     images, pixels, units, tiles,
@@ -46,7 +45,7 @@ def _materialize(
     tl.store(out + start + at, v.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _materialize_gradient(
     g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c, residual, out,
     images, pixels, units, tiles,
@@ -77,7 +76,7 @@ def _materialize_gradient(
     tl.store(out + start + at, dy.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _reduce_gradient(
     g_dv, x, scale, shift, gate, mean, rstd, sums,
     images, pixels, parts, run, span, units,
@@ -124,7 +123,7 @@ def _reduce_gradient(
         tl.store(to + channels, tl.sum(t4, 0), mask=keep)
 
 
-@triton.jit
+@kernel
 def _pool(
     x, scale, shift, sums,
     images, pixels, parts, run, span, units, factor,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .device import vector
+from .device import kernel, vector
 from .launch import cdiv, launch, vectors
 
 
@@ -62,7 +62,7 @@ def _part_means(counts, moments, part, parts, c, channels, keep, pivot):
     return n, tl.where((n > 0)[:, None], off, 0.0)
 
 
-@triton.jit
+@kernel
 def _batch_norm(
     counts, moments, weight, bias, norm, mean_out, var_out,
     parts, channels, eps, unbiased,
@@ -94,7 +94,7 @@ def _batch_norm(
     tl.store(var_out + c, var * unbiased, mask=keep)
 
 
-@triton.jit
+@kernel
 def _running_norm(mean, var, weight, bias, norm, channels, eps, CHANNELS: tl.constexpr):
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < channels
@@ -102,7 +102,7 @@ def _running_norm(mean, var, weight, bias, norm, channels, eps, CHANNELS: tl.con
     _store_norm(norm, c, channels, keep, weight, bias, mu, v, eps)
 
 
-@triton.jit
+@kernel
 def _norm_backward(
     sums, gate, q, norm, dweight, dbias, b_out, c_out,
     rows, parts, channels, inverse_count,
@@ -141,7 +141,7 @@ def _norm_backward(
         tl.store(c_out + c, -scale * (dbeta * inverse_count) - b * vector(norm, 2 * channels + c, keep), mask=keep)
 
 
-@triton.jit
+@kernel
 def _sum_parts(parts_of, total, parts, size, factor, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     i = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     keep = i < size

@@ -14,6 +14,7 @@ from .device import (
     activate,
     activate_grad,
     gradient,
+    kernel,
     merge,
     normalised,
     product,
@@ -61,7 +62,7 @@ def _weight_tile(weight, n, k, OUT, IN, DTYPE: tl.constexpr):
     return tl.load(weight + n * IN + k, mask=(n < OUT) & (k < IN), other=0.0).to(DTYPE)
 
 
-@triton.jit
+@kernel
 def pointwise_forward(
     x, scale, shift, gate, weight, y, counts, moments,
     mean, var, bn_weight, bias, residual,
@@ -133,7 +134,7 @@ def pointwise_forward(
         store_moments(moments, counts, group, program % blocks, n, OUT, keep, pivot, means, m2, count)
 
 
-@triton.jit
+@kernel
 def pointwise_backward(
     g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c,
     x, scale, shift, gate, mean, rstd, weight, residual, du, sums, dweight,
@@ -216,7 +217,7 @@ def pointwise_backward(
         tl.store(to, dw, mask=(n0 < OUT)[:, None] & keep[None, :])
 
 
-@triton.jit
+@kernel
 def pointwise_weight(
     g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c,
     x, scale, shift, gate, dweight,
