@@ -1,58 +1,335 @@
-"""On a GPU, by the reference backend: the same answers as stock, until kernels of its own come."""
+"""The Triton backend on a GPU: against the oracle, in every way that PyTorch lets one run there."""
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import stock
 import torch
 from oracle import Case, Tensors, compare_case, dw, fused_chain, hold, pw
-from torch import nn
+from test_blocks import GATE, MODES, ODD, REAL, pair
+from torch import Tensor, nn
 
-from mbn_kernels import FusedInvResBlock, available_backends, models, use_backend
+from mbn_kernels import FusedInvResBlock, available_backends, backends, functional, models, use_backend
+from mbn_kernels.models.tables import BlockShape
 
-pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:mbn_kernels has no cuda kernels")]
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:.*runs the reference backend")]
 
-GATE = ("relu", "hardsigmoid")
-MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+HALF = (torch.float16, torch.bfloat16)
+BY_DTYPE = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda d: str(d)[6:])
 CASES = (
     Case("v3", (4, 16, 29, 28), (pw(64, "hardswish"), dw(5, "hardswish", gate=GATE), pw(16)), True),
     Case("v2", (4, 16, 29, 28), (pw(96, "relu6"), dw(3, "relu6", stride=2), pw(24))),
     Case("v1", (4, 17, 15, 14), (dw(3, "relu", stride=2), pw(33, "relu"))),
+    # However many rows a program of the depthwise kernels takes, the last one is left with a single row.
+    Case("one-row-left", (4, 16, 33, 28), (pw(64, "hardswish"), dw(3, "hardswish"), pw(16)), True),
 )
+BLOCK = (40, 5, 120, 40, True, "hs", 1)  # of MobileNetV3, with everything that a block can have
 
 
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def full_precision() -> Iterator[None]:
+    """float32 products as exact as on the CPU."""
+    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [s.allow_tf32 for s in settings]
+    for s in settings:
+        s.allow_tf32 = False
+    yield
+    for s, allowed in zip(settings, before, strict=True):
+        s.allow_tf32 = allowed
+
+
+@pytest.fixture
+def needs_triton() -> None:
+    reason = available_backends()["triton"]
+    if reason != "available":
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def on_triton(needs_triton: None) -> Iterator[None]:
+    """Nothing falls back to the reference, which would pass these tests, too."""
+    with use_backend("triton"):
+        yield
 
 
 def to_cuda(t: Tensors) -> Tensors:
     return t.map(torch.Tensor.cuda)
 
 
-@pytest.mark.parametrize(
-    "dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=lambda d: str(d)[6:]
-)
+def block(dtype: torch.dtype = torch.float32) -> FusedInvResBlock:
+    return stock.randomize(FusedInvResBlock(*BLOCK)).to("cuda", dtype)
+
+
+def images(n: int = 8, size: int = 14, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, BLOCK[0], size, size, device="cuda").to(dtype)
+
+
+def results(module: nn.Module, x: Tensor, change: Callable[[nn.Module], Callable] = lambda m: m) -> list[Tensor]:
+    """Output, gradients of x and of every parameter, and buffers afterwards, of one step of a copy of the module."""
+    module = copy.deepcopy(module)
+    leaf = x.detach().requires_grad_()  # with the strides of x
+    out = change(module)(leaf)
+    gradient = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, [leaf, *module.parameters()], gradient), *module.buffers()]
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert [torch.equal(a, b) for a, b in zip(got, expected, strict=True)] == [True] * len(expected)
+
+
+# Against the oracle ---------------------------------------------------------------------------------------------------
+
+
+@BY_DTYPE
 @pytest.mark.parametrize("case", CASES, ids=str)
 @MODES
-def test_matches_the_oracle(case: Case, dtype: torch.dtype, training: bool) -> None:
+def test_matches_the_oracle(on_triton, case: Case, dtype: torch.dtype, training: bool) -> None:
     compare_case(fused_chain, case, dtype, training, change=to_cuda)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize("case", CASES, ids=str)
+@MODES
+def test_matches_the_oracle_in_float64(case: Case, training: bool) -> None:
+    """By the reference backend: there are no kernels for it."""
+    compare_case(fused_chain, case, torch.float64, training, change=to_cuda)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("case", ODD, ids=str)
+@MODES
+def test_odd_chain(on_triton, case: Case, dtype: torch.dtype, training: bool) -> None:
+    compare_case(fused_chain, case, dtype, training, change=to_cuda)
+
+
+def prepared(twin: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, training: bool) -> Tensors:
+    """As stock.prepare_module, but on the GPU: at a real batch the CPU would take longer than everything else."""
+    twin = stock.randomize(copy.deepcopy(twin)).to("cuda", dtype).double().train(training)
+    x = (0.3 + torch.randn(shape, device="cuda")).to(dtype).double()
+    stock.avoid_kinks(twin, x, dtype)
+    with torch.no_grad():
+        dout = torch.randn_like(copy.deepcopy(twin)(x))
+    state = {k: v for k, v in twin.state_dict().items() if v.is_floating_point()}
+    return Tensors(x, [state], dout).map(lambda v: v.to(dtype))
+
+
+@BY_DTYPE
+@pytest.mark.parametrize("shape", REAL, ids=REAL.get)
+@MODES
+def test_block_at_its_real_shape(on_triton, shape: BlockShape, dtype: torch.dtype, training: bool) -> None:
+    fused, twin = pair(shape)
+    t = prepared(twin, (8, shape.in_channels, shape.height, shape.width), dtype, training)
+    fused, twin = (m.cuda().train(training) for m in (fused, twin))
+    assert fused.why_not_fused() is None
+    hold(stock.run_module(fused, t), lambda t: stock.run_module(twin, t), t, dtype)
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@MODES
+def test_nan_in_one_pixel(on_triton, case: Case, training: bool) -> None:
+    """It comes out where stock has it, and nowhere else."""
+
+    def change(t: Tensors) -> Tensors:
+        x = t.x.clone()
+        x[0, 2, 3, 4] = float("nan")
+        return to_cuda(Tensors(x, t.stages, t.dout))
+
+    compare_case(fused_chain, case, torch.float32, training, change=change, not_finite=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
+@pytest.mark.parametrize("conv", ("pointwise", "depthwise"))
+def test_statistics_far_from_zero(on_triton, conv: str, dtype: torch.dtype) -> None:
+    """Mean 1000, deviation 1: no digit of a difference of squares would be right. What is normalised is x itself."""
+    c = 24
+    x = (1000 + torch.randn(16, c, 57, 33, device="cuda")).to(dtype)
+    mean, var = torch.zeros(c, device="cuda"), torch.ones(c, device="cuda")
+    options = {"act": "identity", "training": True, "momentum": 1.0}
+    if conv == "pointwise":
+        weight = torch.eye(c, dtype=dtype, device="cuda")[:, :, None, None]
+        functional.pointwise_conv_bn_act(x, weight, None, None, mean, var, **options)
+    else:
+        weight = torch.zeros(c, 1, 3, 3, dtype=dtype, device="cuda")
+        weight[:, :, 1, 1] = 1
+        functional.depthwise_conv_bn_act(x, weight, None, None, mean, var, padding=1, **options)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3)), rtol=1e-5, atol=0)
+
+
+# Backends and devices -------------------------------------------------------------------------------------------------
+
+
+def test_backend_by_dtype(needs_triton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64 runs the reference, and one warning says so."""
+    monkeypatch.setattr(backends, "_warned", set())
+    device, module, x = torch.device("cuda", 0), block(torch.float64), images(dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        chosen = [backends.choose(device, dtype) for dtype in (torch.float32, *HALF)]
+        assert not [w for w in seen if "mbn_kernels" in str(w.message)]
+        module(x), module(x)
+        assert backends.choose(device, torch.float64) == "reference"
+    assert chosen == ["triton"] * 3
+    assert len([w for w in seen if "runs the reference backend" in str(w.message)]) == 1
+
+
+def test_mixed_devices_are_refused(on_triton) -> None:
+    module, x = block(), images()
+    with pytest.raises(ValueError, match="weight: expected a tensor on cuda:0"):
+        copy.deepcopy(module).cpu()(x)
+    with pytest.raises(ValueError, match="weight: expected a tensor on cpu"):
+        module(x.cpu())
+    with pytest.raises(TypeError, match="backend 'triton' expected a tensor on cuda"):
+        module.cpu()(x.cpu())
+    with pytest.raises(TypeError, match="backend 'triton' expected float32, float16 or bfloat16"):
+        block(torch.float64)(x.double())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@MODES
+def test_a_gpu_that_is_not_the_current_one(on_triton, training: bool) -> None:
+    module, x = block().train(training), images()
+    expected = results(module, x)
+    got = results(copy.deepcopy(module).to("cuda:1"), x.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert {t.device.index for t in got} == {1}
+    stock.assert_same([t.to("cuda:0") for t in got], expected)
+    with torch.no_grad():
+        stock.assert_same([copy.deepcopy(module).to("cuda:1")(x.to("cuda:1")).to("cuda:0")], expected[:1])
+    assert torch.cuda.current_device() == 0
+
+
+# The same every time, whatever else runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@MODES
+def test_same_bits_every_run(on_triton, dtype: torch.dtype, training: bool) -> None:
+    module, x = block(dtype).train(training), images(16, 28, dtype)
+    expected = results(module, x)
+    for _ in range(4):
+        assert_equal(results(module, x), expected)
+
+
+def test_two_streams_at_once(on_triton) -> None:
+    work = [(block(torch.bfloat16), images(64, 28, torch.bfloat16)), (block(), images(64, 28))]
+    alone = [results(module, x) for module, x in work]
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in work], []
+    for _ in range(5):
+        for stream, (module, x) in zip(streams, work, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(results(module, x))
+    torch.cuda.synchronize()
+    for i, got in enumerate(found):
+        assert_equal(got, alone[i % 2])
+
+
+def warm_up(f: Callable[[], object]) -> None:
+    """On a side stream, as PyTorch asks for before a capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            f()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@MODES
+def test_graph_of_a_step(on_triton, dtype: torch.dtype, training: bool) -> None:
+    module, x = block(dtype).train(training), images(dtype=dtype).requires_grad_()
+    state, gradient = copy.deepcopy(module.state_dict()), images(dtype=dtype)
+    leaves = [x, *module.parameters()]
+
+    def step() -> list[Tensor]:
+        out = module(x)
+        return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+    warm_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(images(dtype=dtype))
+        module.load_state_dict(state)
+        graph.replay()
+        got = [t.clone() for t in (*found, *module.buffers())]
+        module.load_state_dict(state)
+        assert_equal(got, [*step(), *module.buffers()])
+
+
+@torch.no_grad()
+def test_graph_of_a_network_in_evaluation(on_triton) -> None:
+    net, x = models.mobilenet_v3_small(num_classes=10).cuda().eval(), torch.randn(2, 3, 64, 64, device="cuda")
+    warm_up(lambda: net(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = net(x)
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(logits, net(x), rtol=1e-5, atol=1e-5)
+
+
+@MODES
+def test_compiled(on_triton, training: bool) -> None:
+    torch._dynamo.reset()
+    module, x = block().train(training), images()
+    got = results(module, x, lambda m: torch.compile(m, fullgraph=True))
+    stock.assert_same(got, results(module, x))
+    if not training:
+        with torch.no_grad():
+            stock.assert_same([torch.compile(module, fullgraph=True)(x)], [module(x)])
+
+
+# Mixed precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=("float16", "bfloat16"))
 @pytest.mark.parametrize("out", (6, 4), ids=("plain", "residual"))
 @MODES
-def test_autocast(dtype: torch.dtype, out: int, training: bool) -> None:
+def test_autocast(needs_triton, dtype: torch.dtype, out: int, training: bool) -> None:
+    """The oracle runs in float64, so the backend is left to the choice by dtype."""
     fused, twin = (cls(4, 3, 12, out, True, "hs", 1) for cls in (FusedInvResBlock, stock.InvResBlock))
     stock.compare_under_autocast(fused, twin, (3, 4, 8, 7), torch.float32, dtype, training, "cuda")
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=("float16", "bfloat16"))
+def test_mixed_precision_step(on_triton, dtype: torch.dtype) -> None:
+    module, x = block(), images()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    before = [p.detach().clone() for p in module.parameters()]
+    with torch.autocast("cuda", dtype=dtype):
+        out = module(x)
+    weights = torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)
+    scaler.scale((out.float() * weights).mean()).backward()
+    assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == scale  # no gradient overflowed
+    for p, old in zip(module.parameters(), before, strict=True):
+        assert p.isfinite().all() and not torch.equal(p, old)
+    running = {name: b for name, b in module.named_buffers() if "running" in name}
+    assert {b.dtype for b in running.values()} == {torch.float32}
+    assert all(b.isfinite().all() for b in running.values())
+
+
 @pytest.mark.parametrize("make", (models.mobilenet_v1, models.mobilenet_v2, models.mobilenet_v3_large,
                                   models.mobilenet_v3_small), ids=lambda f: f.__name__)  # fmt: skip
-def test_training_step(make) -> None:
+def test_training_step(on_triton, make) -> None:
     torch.manual_seed(0)
     fused = make(num_classes=10).cuda()
     plain = make(num_classes=10, fused=False).cuda()
@@ -73,30 +350,78 @@ def test_training_step(make) -> None:
     torch.testing.assert_close(losses[:2], losses[2:], rtol=2e-3, atol=2e-3)
 
 
-def test_mixed_devices_are_refused() -> None:
-    block = FusedInvResBlock(4, 3, 12, 4, True, "hs", 1)
-    with use_backend("reference"):
-        with pytest.raises(ValueError, match="weight: expected a tensor on cuda:0"):
-            block(torch.randn(2, 4, 6, 6, device="cuda"))
-        with pytest.raises(ValueError, match="weight: expected a tensor on cpu"):
-            block.cuda()(torch.randn(2, 4, 6, 6))
+# Tuning ---------------------------------------------------------------------------------------------------------------
+
+# A step of a block in a process of its own: its tensors and the tile sizes that it ran with, as files.
+STEP = """
+import json, sys
+import torch
+from mbn_kernels import FusedDepthwiseSeparable
+from mbn_kernels.backends.triton import tuning
+
+used, choose = {}, tuning._choose
+
+def watched(key, *rest):
+    used[str(key)] = chosen = choose(key, *rest)
+    return chosen
+
+tuning._choose = watched
+torch.manual_seed(0)
+block = FusedDepthwiseSeparable(16, 24).cuda()
+x = torch.randn(4, 16, 14, 14, device="cuda", requires_grad=True)
+out = block(x)
+out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape))
+found = [out, x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
+torch.save([t.detach().cpu() for t in found], sys.argv[1])
+json.dump({key: chosen._asdict() for key, chosen in used.items()}, open(sys.argv[2], "w"))
+"""
 
 
-def test_the_reference_says_so_once() -> None:
-    from mbn_kernels import backends
-
-    backends._warned.discard("cuda")
-    block, x = FusedInvResBlock(4, 3, 12, 4, True, "hs", 1).cuda(), torch.randn(2, 4, 6, 6, device="cuda")
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        block(x), block(x)
-    assert len([w for w in seen if "no cuda kernels" in str(w.message)]) == 1
-    assert available_backends()["reference"] == "available"
+def step_in_a_process(folder: Path, cache: Path, tune: str) -> tuple[list[Tensor], dict]:
+    """(the step's tensors, the tile size used for each key)."""
+    folder.mkdir()
+    files = folder / "tensors.pt", folder / "used.json"
+    environment = os.environ | {"MBN_CACHE_DIR": str(cache), "MBN_TRITON_TUNE": tune}
+    subprocess.run([sys.executable, "-c", STEP, *map(str, files)], env=environment, check=True)
+    return torch.load(files[0]), json.loads(files[1].read_text())
 
 
-def test_stock_module_on_cuda() -> None:
-    """The comparison of modules, once, through their own children."""
-    twin = stock.InvResBlock(16, 3, 64, 16, True, "hs", 1)
-    t = to_cuda(stock.prepare_module(twin, (2, 16, 14, 14), torch.float32, True))
-    fused, twin = FusedInvResBlock(16, 3, 64, 16, True, "hs", 1).cuda(), twin.cuda()
-    hold(stock.run_module(fused, t), lambda t: stock.run_module(twin, t), t, torch.float32)
+def test_tuned_once_and_read_by_the_next_process(needs_triton, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    expected, tuned = step_in_a_process(tmp_path / "first", cache, "1")
+    (file,) = cache.glob("triton-*.json")
+    choices = json.loads(file.read_text())
+    assert choices and choices == {key: tuned[key] for key in choices}
+    # Measuring may well have found what runs without it, so that only a changed file shows that it is read.
+    key = next(key for key in choices if "'materialize'" in key)
+    choices[key]["warps"] = 4 if choices[key]["warps"] == 8 else 8
+    file.write_text(json.dumps(choices))
+    got, used = step_in_a_process(tmp_path / "second", cache, "0")
+    assert used == tuned | {key: choices[key]}
+    assert json.loads(file.read_text()) == choices
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_nothing_is_timed_during_a_capture(on_triton, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mbn_kernels.backends.triton import tuning
+
+    timed, choices = [], {}
+    monkeypatch.setattr(tuning, "_choices", lambda gpu: choices)  # none is known
+    monkeypatch.setattr(tuning, "seconds", lambda run: timed.append(run) or 0.0)
+    monkeypatch.setenv("MBN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("MBN_TRITON_TUNE", raising=False)
+    module, x = block().eval(), images()
+    expected = module(x)
+    warm_up(lambda: module(x))
+    monkeypatch.setattr(tuning, "_decided", {})
+    monkeypatch.setenv("MBN_TRITON_TUNE", "1")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(x)
+    assert not timed and not list(tmp_path.iterdir())
+    graph.replay()
+    assert torch.equal(out, expected)
+    module(x)
+    assert timed and list(tmp_path.iterdir())  # as it is once nothing is captured

@@ -29,7 +29,8 @@ class Config(NamedTuple):
     strip: int = 0
 
     def arguments(self) -> dict:
-        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+        # Fusion is said outright, as Triton's own default changes with its version.
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def _block(n: int, least: int, most: int) -> int:
@@ -58,8 +59,8 @@ def elementwise(channels: int, pixels: int) -> list[Config]:
 
 
 def merge(channels: int, parts: int) -> Config:
-    """Few channels a program, as there are few channels and many parts."""
-    return Config({"CHANNELS": _block(channels, 1, 16), "PARTS": _block(parts, 1, 128)})
+    """Few channels a program, as there are few channels and many parts (0: nothing to merge)."""
+    return Config({"CHANNELS": _block(channels, 1, 16), **({"PARTS": _block(parts, 1, 128)} if parts else {})})
 
 
 def sum_parts(size: int, parts: int) -> Config:

@@ -171,7 +171,7 @@ def depthwise_forward(
             kept = stored.to(tl.float32)
             if moments is not None:  # Welford's update, for each column alone, of what differs from its first row
                 rows_done += emit.to(tl.float32)
-                base = tl.where(rows_done <= 1.0, tl.where(mask, kept, 0.0), base)
+                base = tl.where(emit & (rows_done <= 1.0), tl.where(mask, kept, 0.0), base)
                 delta = tl.where(mask, kept - base - row_mean, 0.0)
                 share = 1.0 / tl.maximum(rows_done, 1.0)
                 row_mean += delta * share

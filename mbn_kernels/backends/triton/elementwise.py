@@ -17,7 +17,7 @@ from ..reference import empty_channels_last
 from . import config, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
 from .device import activate, activate_grad, gradient, kernel, normalised, store_sums, tile_rows, value, vector
-from .launch import Groups, cdiv, channel_unit, launch, share_rows, vectors
+from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share_rows, vectors
 
 
 @kernel
@@ -152,33 +152,32 @@ def _pool(
             total = tl.zeros((ROWS, CHANNELS), tl.float32)
 
 
-def _sizes(u: Tensor, by_image: bool) -> tuple[int, int]:
-    """(images, rows of each): where nothing depends on the image, all rows are one image."""
-    n, _, h, w = u.shape
-    return (n, h * w) if by_image else (1, n * h * w)
+def _run(name: str, like: Tensor, by_image: bool, plan: Callable[[config.Config], Plan], run: Callable[[Plan], Tensor]):
+    tiles = functools.partial(config.elementwise, like.shape[1], rows_of(like, by_image)[1])
+    return tuning.best((name, *like.shape, like.dtype, by_image), tiles, like.device, plan, run)
 
 
-def _run(name: str, like: Tensor, by_image: bool, run: Callable[[config.Config, dict], Tensor]) -> Tensor:
-    """``run`` with the tile to use and the arguments that every kernel here takes."""
-    c, (images, pixels) = like.shape[1], _sizes(like, by_image)
-    unit = channel_unit(c)
-    shape = {"images": images, "pixels": pixels, "units": c // unit, "UNIT": unit}
-    key = (name, *like.shape, str(like.dtype), by_image)
-    tiles = functools.partial(config.elementwise, c, pixels)
-    return tuning.best(key, tiles, like.device, lambda tile: run(tile, {**shape, **tile.arguments()}))
+def _channels(like: Tensor) -> dict:
+    unit = channel_unit(like.shape[1])
+    return {"units": like.shape[1] // unit, "UNIT": unit}
 
 
 def _whole(kernel, name: str, like: Tensor, by_image: bool, arguments: dict) -> Tensor:
     """One tile a program, nothing to merge."""
 
-    def run(tile: config.Config, shape: dict) -> Tensor:
+    def plan(tile: config.Config) -> Plan:
+        images, pixels = rows_of(like, by_image)
+        tiles = cdiv(pixels, tile.blocks["ROWS"])
+        programs = images * tiles * cdiv(like.shape[1], tile.blocks["CHANNELS"])
+        sizes = {"images": images, "pixels": pixels, "tiles": tiles}
+        return Plan(programs, Groups(images, pixels, tiles, 1, 1), {**sizes, **_channels(like), **tile.arguments()})
+
+    def run(plan: Plan) -> Tensor:
         out = empty_channels_last(like, tuple(like.shape))
-        tiles = cdiv(shape["pixels"], tile.blocks["ROWS"])
-        programs = shape["images"] * tiles * cdiv(like.shape[1], tile.blocks["CHANNELS"])
-        launch(kernel, programs, like.device, out=out, tiles=tiles, **shape, **arguments)
+        launch(kernel, plan, like.device, {"out": out, **arguments})
         return out
 
-    return _run(name, like, by_image, run)
+    return _run(name, like, by_image, plan, run)
 
 
 def materialize(u: Value, residual: Tensor | None) -> Tensor:
@@ -198,34 +197,38 @@ def empty_sums(u: Value, groups: Groups) -> Tensor:
     return vectors(u.y, *shape)
 
 
-def reduce_gradient(dv: Tensor, u: Value, norm: Norm | None) -> Tensor:
-    by_image, c = u.gate is not None, u.y.shape[1]
-    arguments = {"g_dv": dv, **value_arguments(u), **norm_arguments(norm)}
+def _reducing(like: Tensor, by_image: bool) -> Callable[[config.Config], Plan]:
+    def plan(tile: config.Config) -> Plan:
+        blocks = cdiv(like.shape[1], tile.blocks["CHANNELS"])
+        groups = share_rows(like, by_image, tile.blocks["ROWS"], blocks)
+        return Plan(groups.count * blocks, groups, {**groups._asdict(), **_channels(like), **tile.arguments()})
 
-    def run(tile: config.Config, shape: dict) -> Tensor:
-        blocks = cdiv(c, tile.blocks["CHANNELS"])
-        groups = share_rows(u.y, by_image, tile.blocks["ROWS"], blocks)
-        sums = empty_sums(u, groups)
-        programs = groups.count * blocks
-        launch(_reduce_gradient, programs, dv.device, sums=sums, **arguments, **{**shape, **groups._asdict()})
+    return plan
+
+
+def reduce_gradient(dv: Tensor, u: Value, norm: Norm | None) -> Tensor:
+    by_image = u.gate is not None
+
+    def run(plan: Plan) -> Tensor:
+        sums = empty_sums(u, plan.groups)
+        arguments = {"g_dv": dv, "sums": sums, **value_arguments(u), **norm_arguments(norm)}
+        launch(_reduce_gradient, plan, dv.device, arguments)
         return sums
 
-    return _run("reduce_gradient", u.y, by_image, run)
+    return _run("reduce_gradient", u.y, by_image, _reducing(u.y, by_image), run)
 
 
 def pool(u: Value) -> Tensor:
     n, c, h, w = u.y.shape
-    arguments = {name: v for name, v in value_arguments(u).items() if name != "gate"}
-    arguments["factor"] = 1.0 / max(h * w, 1)
 
-    def run(tile: config.Config, shape: dict) -> Tensor:
-        blocks = cdiv(c, tile.blocks["CHANNELS"])
-        groups = share_rows(u.y, True, tile.blocks["ROWS"], blocks)
-        sums = vectors(u.y, n, groups.parts, c)
-        launch(_pool, groups.count * blocks, u.y.device, sums=sums, **arguments, **{**shape, **groups._asdict()})
+    def run(plan: Plan) -> Tensor:
+        sums = vectors(u.y, n, plan.groups.parts, c)
+        arguments = {"sums": sums, "factor": 1.0 / max(h * w, 1), **value_arguments(u)}
+        del arguments["gate"]
+        launch(_pool, plan, u.y.device, arguments)
         return sums
 
-    return mean_of_parts(_run("pool", u.y, True, run))
+    return mean_of_parts(_run("pool", u.y, True, _reducing(u.y, True), run))
 
 
 def mean_of_parts(parts: Tensor) -> Tensor:

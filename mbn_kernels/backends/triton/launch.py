@@ -78,9 +78,22 @@ def share(device: torch.device, images: int, pixels: int, tiles: int, blocks: in
 
 
 def share_rows(y: Tensor, by_image: bool, tile: int, blocks: int, least: int = 1) -> Groups:
-    n, _, h, w = y.shape
-    images, pixels = (n, h * w) if by_image else (1, n * h * w)
+    images, pixels = rows_of(y, by_image)
     return share(y.device, images, pixels, cdiv(pixels, tile), blocks, least)
+
+
+def rows_of(y: Tensor, by_image: bool) -> tuple[int, int]:
+    """(images, rows of each): where nothing depends on the image, all rows are one image."""
+    n, _, h, w = y.shape
+    return (n, h * w) if by_image else (1, n * h * w)
+
+
+class Plan(NamedTuple):
+    """How a kernel is started on tensors of known shapes: everything but the tensors."""
+
+    programs: int
+    groups: Groups
+    arguments: dict  # sizes and constants
 
 
 def vectors(like: Tensor, *shape: int) -> Tensor:
@@ -97,7 +110,6 @@ def execute(kernel, programs: int, arguments: dict, device: torch.device) -> Non
             kernel[(programs,)](**arguments)
 
 
-def launch(kernel, programs: int, device: torch.device, /, **arguments) -> None:
-    # Said outright, as Triton's own default changes with its version.
-    if programs:
-        execute(kernel, programs, {**arguments, "enable_fp_fusion": True}, device)
+def launch(kernel, plan: Plan, device: torch.device, arguments: dict) -> None:
+    if plan.programs:
+        execute(kernel, plan.programs, {**plan.arguments, **arguments}, device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import config
 from .device import kernel, vector
-from .launch import cdiv, launch, vectors
+from .launch import Groups, Plan, cdiv, launch, vectors
 
 
 class Statistics:
@@ -142,7 +142,7 @@ def _norm_backward(
 
 
 @kernel
-def _sum_parts(parts_of, total, parts, size, factor, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+def _sum_parts(parts_of, total, parts, size, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     i = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     keep = i < size
     p = tl.arange(0, PARTS)
@@ -150,56 +150,54 @@ def _sum_parts(parts_of, total, parts, size, factor, PARTS: tl.constexpr, CHANNE
     for first in range(0, parts, PARTS):
         at = (first + p)[:, None].to(tl.int64) * size + i[None, :]
         found += tl.load(parts_of + at, mask=(first + p < parts)[:, None] & keep[None, :], other=0.0)
-    tl.store(total + i, tl.sum(found, 0) * factor, mask=keep)
+    tl.store(total + i, tl.sum(found, 0), mask=keep)
 
 
-def _per_channel(kernel, channels: int, parts: int, device: torch.device, /, **arguments) -> None:
-    tile = config.merge(channels, parts)
-    if parts == 0:
-        tile.blocks.pop("PARTS")
-    launch(kernel, cdiv(channels, tile.blocks["CHANNELS"]), device, **arguments, **tile.arguments())
+def _per_channel(kernel, channels: int, tile: config.Config, device: torch.device, arguments: dict) -> None:
+    programs = cdiv(channels, tile.blocks["CHANNELS"])
+    launch(kernel, Plan(programs, Groups(1, channels, 1, 1, 1), tile.arguments()), device, arguments)
 
 
 def batch_norm(statistics: Statistics, count: int, weight: Tensor | None, bias: Tensor | None, eps: float):
     channels = statistics.moments.numel() // (3 * statistics.parts)
     norm, mean, var = (vectors(statistics.moments, *shape) for shape in ((4, channels), (channels,), (channels,)))
-    unbiased = count / (count - 1) if count > 1 else float("nan")
-    _per_channel(
-        _batch_norm, channels, statistics.parts, norm.device, **statistics.arguments(), weight=weight, bias=bias,
-        norm=norm, mean_out=mean, var_out=var, parts=statistics.parts, channels=channels, eps=eps, unbiased=unbiased,
-    )  # fmt: skip
+    arguments = {
+        **statistics.arguments(),
+        **{"weight": weight, "bias": bias, "norm": norm, "mean_out": mean, "var_out": var},
+        **{"parts": statistics.parts, "channels": channels, "eps": eps},
+        "unbiased": count / (count - 1) if count > 1 else float("nan"),
+    }
+    _per_channel(_batch_norm, channels, config.merge(channels, statistics.parts), norm.device, arguments)
     return norm, mean, var
 
 
 def running_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     channels = mean.shape[0]
     norm = vectors(mean, 4, channels)
-    _per_channel(
-        _running_norm, channels, 0, norm.device, mean=mean, var=var, weight=weight, bias=bias, norm=norm,
-        channels=channels, eps=eps,
-    )  # fmt: skip
+    arguments = {"mean": mean, "var": var, "weight": weight, "bias": bias, "norm": norm}
+    arguments |= {"channels": channels, "eps": eps}
+    _per_channel(_running_norm, channels, config.merge(channels, 0), norm.device, arguments)
     return norm
 
 
 def norm_backward(sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Tensor, count: int | None):
     images, parts, _, channels = sums.shape
+    rows = images * parts
     dweight, dbias = vectors(sums, channels), vectors(sums, channels)
     b, c = (None, None) if count is None else (vectors(sums, channels), vectors(sums, channels))
-    _per_channel(
-        _norm_backward, channels, max(images * parts, 1), norm.device, sums=sums, gate=gate, q=q, norm=norm,
-        dweight=dweight, dbias=dbias, b_out=b, c_out=c, rows=images * parts, parts=parts, channels=channels,
-        inverse_count=1.0 / (count or 1),
-    )  # fmt: skip
+    arguments = {
+        **{"sums": sums, "gate": gate, "q": q, "norm": norm},
+        **{"dweight": dweight, "dbias": dbias, "b_out": b, "c_out": c},
+        **{"rows": rows, "parts": parts, "channels": channels, "inverse_count": 1.0 / (count or 1)},
+    }
+    _per_channel(_norm_backward, channels, config.merge(channels, max(rows, 1)), norm.device, arguments)
     return dweight, dbias, b, c
 
 
-def sum_parts(parts_of: Tensor, factor: float = 1.0) -> Tensor:
+def sum_parts(parts_of: Tensor) -> Tensor:
     """``[P, ...]`` -> ``[...]``, in float32 and always in the same order."""
     total = vectors(parts_of, *parts_of.shape[1:])
-    size = total.numel()
-    tile = config.sum_parts(size, parts_of.shape[0])
-    launch(
-        _sum_parts, cdiv(size, tile.blocks["CHANNELS"]), total.device, parts_of=parts_of, total=total,
-        parts=parts_of.shape[0], size=size, factor=factor, **tile.arguments(),
-    )  # fmt: skip
+    parts, size = parts_of.shape[0], total.numel()
+    arguments = {"parts_of": parts_of, "total": total, "parts": parts, "size": size}
+    _per_channel(_sum_parts, size, config.sum_parts(size, parts), total.device, arguments)
     return total

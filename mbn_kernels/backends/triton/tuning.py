@@ -24,7 +24,7 @@ import triton
 from .config import Config
 from .device import INTERPRETED
 
-Result = TypeVar("Result")
+Planned, Result = TypeVar("Planned"), TypeVar("Result")
 
 
 def enabled() -> bool:
@@ -78,28 +78,35 @@ def seconds(run: Callable[[], object]) -> float:
         return float("inf")
 
 
-#: What was decided in this process, by GPU and key.
-_decided: dict[tuple, Config] = {}
+#: The plans of this process, by GPU and key.
+_plans: dict[tuple, object] = {}
 
 
 def best(
-    key: tuple, candidates: Callable[[], Sequence[Config]], device: torch.device, run: Callable[[Config], Result]
+    key: tuple,
+    candidates: Callable[[], Sequence[Config]],
+    device: torch.device,
+    plan: Callable[[Config], Planned],
+    run: Callable[[Planned], Result],
 ) -> Result:
-    """``run`` with the candidate to use for ``key``, which names everything that decides which is fastest."""
-    chosen = _decided.get((device, key))
-    if chosen is not None:
-        return run(chosen)
+    """``run(plan(config))`` with the candidate to use for ``key``, which names everything that decides which is fastest
+    and what the plan is: it is made once.
+    """
+    known = _plans.get((device, key))
+    if known is not None:
+        return run(known)
     found = candidates()
     if INTERPRETED or device.type != "cuda":
-        return run(found[0])
-    chosen = _choose(key, found, _gpu_name(device.index), run)
+        return run(plan(found[0]))
+    chosen = _choose(key, found, _gpu_name(device.index), lambda config: run(plan(config)))
     for config in (chosen, *found):
+        planned = plan(config)
         try:
-            result = run(config)
+            result = run(planned)
         except triton.runtime.errors.OutOfResources:  # a GPU with less shared memory than those that the list is for
             continue
         if not (enabled() and torch.cuda.is_current_stream_capturing()):  # else it is measured after the capture
-            _decided[device, key] = config
+            _plans[device, key] = planned
         return result
     raise RuntimeError(f"{key[0]}: no tile size fits this GPU ({_gpu_name(device.index)})")
 
