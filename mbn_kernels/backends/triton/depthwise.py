@@ -104,7 +104,7 @@ def depthwise_forward(
     w = _window(weight, c, keep, KH, KW)
     out_scale, out_shift = None, None
     if var is not None:
-        out_scale = 1.0 / tl.sqrt(tl.load(var + c, mask=keep, other=1.0).to(tl.float32) + eps)
+        out_scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, mask=keep, other=1.0).to(tl.float32) + eps))
         if bn_weight is not None:
             out_scale *= vector(bn_weight, c, keep)
         out_shift = -vector(mean, c, keep) * out_scale

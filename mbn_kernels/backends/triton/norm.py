@@ -37,7 +37,7 @@ def one_part(y: Tensor, mean: Tensor, var: Tensor) -> Statistics:
 @triton.jit
 def _store_norm(norm, c, channels, keep, weight, bias, mean, var, eps):
     """The rows scale, shift, mean, rstd of :class:`mbn_kernels.chain.Norm`."""
-    rstd = 1.0 / tl.sqrt(var + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))  # few, and everything after them depends on them
     scale = rstd
     if weight is not None:
         scale = rstd * tl.load(weight + c, mask=keep, other=0.0).to(tl.float32)

@@ -86,7 +86,7 @@ def pointwise_forward(
 
     out_scale, out_shift = None, vector(bias, n, keep)
     if var is not None:
-        out_scale = 1.0 / tl.sqrt(tl.load(var + n, mask=keep, other=1.0).to(tl.float32) + eps)
+        out_scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + n, mask=keep, other=1.0).to(tl.float32) + eps))
         if bn_weight is not None:
             out_scale *= vector(bn_weight, n, keep)
         moved = -vector(mean, n, keep) * out_scale

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,9 @@ import triton
 
 from .config import Config
 from .device import INTERPRETED
+
+#: What a GPU says of a tile that is too large for it.
+_UNFIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
 
 Planned, Result = TypeVar("Planned"), TypeVar("Result")
 
@@ -74,7 +78,7 @@ def seconds(run: Callable[[], object]) -> float:
     """Median time of a call; infinite where the GPU has not what it needs."""
     try:
         return triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")
-    except triton.runtime.errors.OutOfResources:
+    except _UNFIT:
         return float("inf")
 
 
@@ -98,14 +102,16 @@ def best(
     found = candidates()
     if INTERPRETED or device.type != "cuda":
         return run(plan(found[0]))
-    chosen = _choose(key, found, _gpu_name(device.index), lambda config: run(plan(config)))
+    with torch.cuda.device(device):  # what is timed, and what may be capturing
+        chosen = _choose(key, found, _gpu_name(device.index), lambda config: run(plan(config)))
+        settled = not (enabled() and torch.cuda.is_current_stream_capturing())  # else it is measured after the capture
     for config in (chosen, *found):
         planned = plan(config)
         try:
             result = run(planned)
-        except triton.runtime.errors.OutOfResources:  # a GPU with less shared memory than those that the list is for
+        except _UNFIT:
             continue
-        if not (enabled() and torch.cuda.is_current_stream_capturing()):  # else it is measured after the capture
+        if settled:
             _plans[device, key] = planned
         return result
     raise RuntimeError(f"{key[0]}: no tile size fits this GPU ({_gpu_name(device.index)})")
@@ -120,5 +126,13 @@ def _choose(key: tuple, candidates: Sequence[Config], gpu: str, run: Callable[[C
         return candidates[0]
     times = {i: seconds(lambda c=c: run(c)) for i, c in enumerate(candidates)}
     known[text] = chosen = candidates[min(times, key=times.get)]
-    write(cache_file(gpu), text, chosen)
+    try:
+        write(cache_file(gpu), text, chosen)
+    except OSError as error:
+        _warn_unwritable(str(error))
     return chosen
+
+
+@lru_cache
+def _warn_unwritable(error: str) -> None:
+    warnings.warn(f"mbn_kernels: tile sizes are tuned for this process only: {error}", stacklevel=2)
