@@ -230,9 +230,9 @@ def test_variance_at_a_large_mean(backend: str, conv: str, shape: tuple[int, ...
     kernels = backends.get(backend).kernels
     if conv == "depthwise":
         (stage,) = chain.parse(chain.chain_spec("", [chain.stage_spec(conv)])).stages
-        y, mean, var = kernels.depthwise_forward(chain.Value(x), weight, stage, True)
+        y, (mean, var) = kernels.depthwise_forward(chain.Value(x), weight, stage, True)
     else:
-        y, mean, var = kernels.pointwise_forward(chain.Value(x), weight, True)
+        y, (mean, var) = kernels.pointwise_forward(chain.Value(x), weight, True)
     assert torch.equal(y, x)
     exact = y.double()
     # The reference sums in float32, as PyTorch does; the kernels round once.

@@ -18,9 +18,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton
+from oracle import Case, dw, pw, se
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_record import Launch, Recorded, record_block
+from triton_record import Launch, Recorded, record_block, record_case
 
 from mbn_kernels.backends.triton import config, device
 from mbn_kernels.models.tables import BlockShape, layer_shapes
@@ -135,6 +136,33 @@ def test_every_kernel_compiles(architecture: int, precision: str, piece: int, re
         new += [f"{made.shared} bytes of shared memory"] if made.shared > SHARED else []
         faults += [f"{title(launch, architecture)}: {fault}" for fault in new + instruction_faults(launch, made)]
     assert not faults, "\n".join(faults)
+
+
+GATE = ("relu", "hardsigmoid")
+#: Chains that give kernels every combination of arguments that can be absent, and windows that MobileNets have not.
+ODD = (
+    Case("v3", (2, 16, 9, 8), (pw(48, "hardswish"), dw(5, "hardswish", gate=GATE), pw(16)), True),
+    Case("no-norm", (2, 16, 9, 8), (pw(32, "silu", norm=False), dw(3, norm=False), pw(16, norm=False)), True),
+    Case("not-affine", (2, 17, 9, 8), (pw(32, "relu6", affine=False), dw(3, "relu6", affine=False))),
+    Case("gate-first", (2, 16, 9, 8), (pw(24, "silu", gate=("silu", "sigmoid")), dw(3, "relu"), pw(16)), True),
+    Case("two-gates", (2, 1, 9, 8), (dw(3, "relu", gate=GATE), pw(16, gate=GATE))),
+    Case("squeeze-excite", (2, 16, 9, 8), (se(),)),
+    Case("dilated", (2, 16, 15, 14), (dw(3, "relu", dilation=2), dw(5, "relu", dilation=(1, 3), stride=2))),
+    Case("gaps", (2, 16, 15, 14), (dw(3, "relu", stride=2, dilation=2), dw((1, 2), stride=3, padding=0))),
+    Case("7x7", (2, 16, 15, 14), (dw(7, "relu"), dw(7, "hardswish", stride=2)), False),
+)
+
+
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_every_combination_of_arguments_compiles(case: Case) -> None:
+    """The interpreter takes Python that the compiler does not."""
+    launches = [each for training in (True, False) for each in record_case(case, torch.bfloat16, training)]
+    names = set()
+    for launch in distinct(launches):
+        made = compiled(launch, 90)
+        assert made.shared <= SHARED, title(launch, 90)
+        names.add(launch.name)
+    assert len(names) > 3
 
 
 def instruction_faults(launch: Launch, made: Compiled) -> list[str]:

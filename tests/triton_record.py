@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from oracle import Case, make_tensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,6 +106,26 @@ def _meta(module: nn.Module, dtype: torch.dtype):
         for p, name in zip(call.params, names, strict=True)
     ]
     return parsed, params, call.residual
+
+
+def record_case(case: Case, dtype: torch.dtype, training: bool) -> list[Launch]:
+    """The launches of a chain and its backward; not in training, batch norm is frozen."""
+    specs = [stage.spec(training) for stage in case.stages]
+    parsed, t = chain.parse(chain.chain_spec(case.name, specs)), make_tensors(case)
+    params, needs = [], [True]
+    for stage, p in zip(parsed.stages, t.stages, strict=True):
+        params += [p[name].to("meta", dtype if name == "weight" else torch.float32) for name in stage.parameter_names]
+        needs += [not name.startswith("running") for name in stage.parameter_names]
+    x, kernels, results = t.x.to("meta", dtype).contiguous(memory_format=torch.channels_last), TritonKernels(), []
+
+    def forward() -> None:
+        results.extend(chain.forward(kernels, x, parsed.stages, params, case.residual, True))
+
+    def backward() -> None:
+        out, _, saved = results
+        chain.backward(kernels, torch.empty_like(out), x, parsed.stages, params, saved, case.residual, needs)
+
+    return record(forward)[0] + record(backward)[0]
 
 
 def record_block(b: BlockShape, batch: int, dtype: torch.dtype) -> Recorded:

@@ -100,9 +100,11 @@ def depthwise_forward(
     c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < C
     columns = tl.arange(0, COLUMNS)
-    u_scale, u_shift = vector(scale, c, keep), vector(shift, c, keep)
+    u_scale = vector(scale, c, keep)
+    u_shift = vector(shift, c, keep)
     w = _window(weight, c, keep, KH, KW)
-    out_scale, out_shift = None, None
+    out_scale = None
+    out_shift = None
     if var is not None:
         out_scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, mask=keep, other=1.0).to(tl.float32) + eps))
         if bn_weight is not None:
@@ -208,8 +210,9 @@ def _output_rows_ahead(
         at = column + OFFSETS[p]
         mask = ((at >= 0) & (at < wide))[:, None] & keep[None, :]
         offset = row + at[:, None] * C + c[None, :]
-        dvs = dvs + (tl.load(g_dv + offset, mask=mask, other=0.0),)
-        y = None
+        dv = tl.load(g_dv + offset, mask=mask, other=0.0)
+        dvs = dvs + (dv,)
+        y = dv  # where y is not given, the gradient does not depend on it
         if g_y is not None:
             y = tl.load(g_y + offset, mask=mask, other=0.0)
         ys = ys + (y,)
@@ -259,10 +262,15 @@ def depthwise_backward(
     c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < C
     columns = tl.arange(0, COLUMNS)
-    u_scale, u_shift = vector(scale, c, keep), vector(shift, c, keep)
-    mu, rs = vector(mean, c, keep), vector(rstd, c, keep)
-    y_scale, y_shift = vector(g_scale, c, keep), vector(g_shift, c, keep)
-    ga, gb, gc = vector(g_a, c, keep), vector(g_b, c, keep), vector(g_c, c, keep)
+    u_scale = vector(scale, c, keep)
+    u_shift = vector(shift, c, keep)
+    mu = vector(mean, c, keep)
+    rs = vector(rstd, c, keep)
+    y_scale = vector(g_scale, c, keep)
+    y_shift = vector(g_shift, c, keep)
+    ga = vector(g_a, c, keep)
+    gb = vector(g_b, c, keep)
+    gc = vector(g_c, c, keep)
     zero = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
     if du is not None:
@@ -276,7 +284,8 @@ def depthwise_backward(
             t, first_image, part, run, pixels, phases, strips, column_blocks, ALL
         )
         u_gate = vector(gate, image * C + c, keep)
-        y_gate, y_q = vector(g_gate, image * C + c, keep), vector(g_q, image * C + c, keep)
+        y_gate = vector(g_gate, image * C + c, keep)
+        y_q = vector(g_q, image * C + c, keep)
         column = column_block * COLUMNS + columns
         q_first = FIRST + strip_of * strip
         gradients, values = (), ()

@@ -93,7 +93,10 @@ def activate_grad(n, ACT: tl.constexpr):
 
 @triton.jit
 def vector(pointer, offset, mask):
-    """Per-channel numbers in float32, 0 where the mask is off; nothing where the pointer is None."""
+    """Per-channel numbers in float32, 0 where the mask is off; None where the pointer is.
+
+    To be assigned alone: Triton 3.6 makes no tuple of None.
+    """
     v = None
     if pointer is not None:
         v = tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)

@@ -91,8 +91,10 @@ def _reduce_gradient(
     keep = c < channels
     r = tl.arange(0, ROWS)
     at = r[:, None] * channels + c[None, :]
-    k, b = vector(scale, c, keep), vector(shift, c, keep)
-    mu, rs = vector(mean, c, keep), vector(rstd, c, keep)
+    k = vector(scale, c, keep)
+    b = vector(shift, c, keep)
+    mu = vector(mean, c, keep)
+    rs = vector(rstd, c, keep)
     zero = tl.zeros((ROWS, CHANNELS), tl.float32)
     t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
     for t in range(tl.minimum(span, images - first_image) * run):
@@ -138,7 +140,8 @@ def _pool(
     keep = c < channels
     r = tl.arange(0, ROWS)
     at = r[:, None] * channels + c[None, :]
-    k, b = vector(scale, c, keep), vector(shift, c, keep)
+    k = vector(scale, c, keep)
+    b = vector(shift, c, keep)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for t in range(tl.minimum(span, images - first_image) * run):
         image, row, rows = tile_rows(t, first_image, part, run, pixels, ROWS)

@@ -135,7 +135,8 @@ def _norm_backward(
     tl.store(dweight + c, dgamma, mask=keep)
     tl.store(dbias + c, dbeta, mask=keep)
     if b_out is not None:
-        scale, rstd = vector(norm, c, keep), vector(norm, 3 * channels + c, keep)
+        scale = vector(norm, c, keep)
+        rstd = vector(norm, 3 * channels + c, keep)
         b = -scale * rstd * (dgamma * inverse_count)
         tl.store(b_out + c, b, mask=keep)
         tl.store(c_out + c, -scale * (dbeta * inverse_count) - b * vector(norm, 2 * channels + c, keep), mask=keep)

@@ -84,7 +84,8 @@ def pointwise_forward(
     k0 = tl.arange(0, IN_BLOCK)
     keep = n < OUT
 
-    out_scale, out_shift = None, vector(bias, n, keep)
+    out_scale = None
+    out_shift = vector(bias, n, keep)
     if var is not None:
         out_scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + n, mask=keep, other=1.0).to(tl.float32) + eps))
         if bn_weight is not None:
