@@ -100,8 +100,16 @@ def pointwise_backward(
         wants = want_sums, together
         du, sums, parts = _input_gradient(key, g, weight, u, norm_of, residual, *wants, by_image, rounding)
     if want_dweight and not together:
-        parts = _weight_gradient(key, g, weight, u, by_image, rounding)
+        parts, _ = _weight_gradient(key, g, weight, u, by_image, rounding)
     return du, sums, _added(parts, weight.shape) if want_dweight else None
+
+
+def linear_backward(g: Gradient, weight: Tensor, u: Value, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, dweight, dbias) of a layer of squeeze-excite: a row an image, so that one group of tiles has them all."""
+    key = (*u.y.shape, weight.shape[0], u.y.dtype, rounding, False)
+    du, _, _ = _input_gradient(key, g, weight, u, None, None, False, False, False, rounding)
+    dweight, dbias = _weight_gradient(key, g, weight, u, False, rounding, bias=True)
+    return du, dweight[0], dbias[0]
 
 
 def _input_gradient(
@@ -134,8 +142,10 @@ def _input_gradient(
     return tuning.best(("pointwise_backward", *key, want_dweight, sums_of), tiles, u.y.device, plan, run)
 
 
-def _weight_gradient(key: tuple, g: Gradient, weight: Tensor, u: Value, by_image: bool, rounding: str) -> Tensor:
-    """Parts of dweight."""
+def _weight_gradient(
+    key: tuple, g: Gradient, weight: Tensor, u: Value, by_image: bool, rounding: str, bias: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(parts of dweight, those of dbias); where there is a bias, the one part that is the whole."""
     outer, inner, dtype = *weight.shape[:2], u.y.dtype
 
     def tiles() -> list[Config]:
@@ -143,15 +153,21 @@ def _weight_gradient(key: tuple, g: Gradient, weight: Tensor, u: Value, by_image
 
     def plan(tile: Config) -> Plan:
         blocks = cdiv(inner, tile.blocks["IN_BLOCK"]) * cdiv(outer, tile.blocks["OUT_BLOCK"])
-        return _product_plan(u, weight, by_image, tile, blocks, _least_tiles(inner, outer, tile, dtype), rounding)
+        found = _product_plan(u, weight, by_image, tile, blocks, _least_tiles(inner, outer, tile, dtype), rounding)
+        if not bias:
+            return found
+        images, pixels = rows_of(u.y, by_image)
+        whole = Groups(images, pixels, 1, cdiv(pixels, tile.blocks["ROWS"]), 1)
+        return Plan(blocks, whole, {**found.arguments, **whole._asdict()})
 
-    def run(plan: Plan) -> Tensor:
+    def run(plan: Plan) -> tuple[Tensor, Tensor | None]:
         parts = vectors(u.y, plan.groups.count, outer, inner)
-        arguments = {**gradient_arguments(g), **value_arguments(u), "dweight": parts}
+        of_bias = vectors(u.y, plan.groups.count, outer) if bias else None
+        arguments = {**gradient_arguments(g), **value_arguments(u), "dweight": parts, "dbias": of_bias}
         launch(pointwise.pointwise_weight, plan, parts.device, arguments)
-        return parts
+        return parts, of_bias
 
-    return tuning.best(("pointwise_weight", *key), tiles, u.y.device, plan, run)
+    return tuning.best(("pointwise_weight", *key, bias), tiles, u.y.device, plan, run)
 
 
 def _least_tiles(inner: int, outer: int, tile: Config, dtype: torch.dtype) -> int:

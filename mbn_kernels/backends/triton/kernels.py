@@ -84,12 +84,8 @@ class TritonKernels:
         hidden, logits = _gate_layers(pooled, p, acts, activated=False)  # small: recomputed, not saved
         w1, w2 = (_matrix(p[name], pooled) for name in ("w1", "w2"))
         squeezed, rounding = _map(pooled), precision(pooled.dtype, conv=False)
-        db2 = elementwise.reduce_gradient(dgate, logits, None)
-        wants = (True, True, True, rounding)
-        dhidden, db1, dw2 = convolutions.pointwise_backward(Gradient(dgate, logits), w2, hidden, None, None, *wants)
-        wants = (True, False, True, rounding)
-        dpooled, _, dw1 = convolutions.pointwise_backward(Gradient(dhidden, hidden), w1, squeezed, None, None, *wants)
-        db1, db2 = (norm.sum_parts(of[0])[0] for of in (db1, db2))
+        dhidden, dw2, db2 = convolutions.linear_backward(Gradient(dgate, logits), w2, hidden, rounding)
+        dpooled, dw1, db1 = convolutions.linear_backward(Gradient(dhidden, hidden), w1, squeezed, rounding)
         return dpooled.flatten(1), {"w1": dw1, "b1": db1, "w2": dw2, "b2": db2}
 
 

@@ -221,13 +221,15 @@ def pointwise_backward(
 @kernel
 def pointwise_weight(
     g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c,
-    x, scale, shift, gate, dweight,
+    x, scale, shift, gate, dweight, dbias,
     images, pixels, parts, run, span, in_units, out_units,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT: tl.constexpr, G_ACT: tl.constexpr,
     ROWS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of dweight = dy^T value(u): the sum over the group's pixels, for one block of both widths."""
+    """A part of dweight = dy^T value(u): the sum over the group's pixels, for one block of both widths; of a layer with
+    a bias that of dbias, too.
+    """
     IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
     DTYPE: tl.constexpr = x.dtype.element_ty
     in_blocks, out_blocks = tl.cdiv(IN, IN_BLOCK), tl.cdiv(OUT, OUT_BLOCK)
@@ -238,13 +240,18 @@ def pointwise_weight(
     n = (program // in_blocks % out_blocks) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
     r = tl.arange(0, ROWS)
     dw = tl.zeros((OUT_BLOCK, IN_BLOCK), tl.float32)
+    db = tl.zeros((OUT_BLOCK,), tl.float32)
     for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=STAGES):
         image, start, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
         dy = _output_gradient(
             g_dv, g_y, g_scale, g_shift, g_gate, g_q, g_a, g_b, g_c, start * OUT, OUT, rows, r, n,
             image * OUT, G_ACT,
         )  # fmt: skip
+        if dbias is not None:
+            db += tl.sum(dy, 0)
         v = _operand(x, scale, shift, gate, start * IN, IN, rows, r, k, image * IN, ACT)
         dw = product(tl.trans(dy), v, dw, DTYPE, PRECISION)
     to = dweight + group.to(tl.int64) * OUT * IN + n[:, None] * IN + k[None, :]
     tl.store(to, dw, mask=(n < OUT)[:, None] & (k < IN)[None, :])
+    if dbias is not None:
+        tl.store(dbias + group.to(tl.int64) * OUT + n, db, mask=n < tl.where(program % in_blocks == 0, OUT, 0))
