@@ -109,6 +109,8 @@ def _chain_backward(
     backend: str,
 ) -> list[Tensor]:
     stages, params = chain.parse(spec).stages, [p.contiguous() for p in params]
+    # Hooks on saved tensors, as torch.autograd.graph.save_on_cpu, may give them back in another layout.
+    saved = [_channels_last(t) if t.dim() == 4 else t.contiguous() for t in saved]
     found = chain.backward(
         backends.get(backend).kernels, _channels_last(dout), _channels_last(x), stages, params, saved, residual, needs
     )

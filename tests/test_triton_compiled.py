@@ -83,6 +83,7 @@ class Compiled(NamedTuple):
     registers: int
     spilled: int  # bytes of stack
     shared: int
+    ptx: str
     sass: str
 
     def count(self, pattern: str) -> int:
@@ -102,7 +103,7 @@ def compiled(launch: Launch, architecture: int) -> Compiled:
         file.flush()
         used, sass = tool("-res-usage", file.name), tool("-sass", file.name)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Compiled(registers, stack + local, binary.metadata.shared, sass)
+    return Compiled(registers, stack + local, binary.metadata.shared, binary.asm["ptx"], sass)
 
 
 def title(launch: Launch, architecture: int) -> str:
@@ -183,6 +184,8 @@ def instruction_faults(launch: Launch, made: Compiled) -> list[str]:
         if not made.count(r"(LDG|LDGSTS)\S*\.128\b"):
             faults.append("no load of 16 bytes")
         plain = a["x" if a["x"] is not None else "g_dv"].dtype == torch.float32 and a["PRECISION"] == "ieee"
+        if a["PRECISION"] == "tf32" and "cvt.rna.tf32.f32" not in made.ptx:
+            faults.append("operands are cut off, not rounded, to TF32")
         if not plain and not made.count(r"\b(HMMA|HGMMA|UTC\w*MMA)"):
             faults.append("no matrix instruction")
     return faults

@@ -156,6 +156,17 @@ def test_any_strides(training: bool) -> None:
     compare_case(fused_chain, BLOCKS[4], torch.float32, training, change=strided)
 
 
+def test_saved_tensors_in_another_layout() -> None:
+    """Hooks on saved tensors may give them back contiguous, as torch.autograd.graph.save_on_cpu does."""
+    t = make_tensors(BLOCKS[3]).map(torch.Tensor.float)
+    t.dout = torch.randn(BLOCKS[3].shape)
+    expected = run(fused_chain, BLOCKS[3], t, True)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, torch.Tensor.contiguous):
+        got = run(fused_chain, BLOCKS[3], t, True)
+    for name, v in expected.items():
+        assert torch.equal(got[name], v), name
+
+
 @pytest.mark.parametrize("number", (float("nan"), float("inf")), ids=("nan", "inf"))
 @MODES
 def test_not_finite(number: float, training: bool) -> None:

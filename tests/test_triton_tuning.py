@@ -83,7 +83,7 @@ def another_process() -> None:
     """Forgets what only memory has."""
     tuning._plans.clear()
     tuning._choices.cache_clear()
-    tuning._warn_unwritable.cache_clear()
+    tuning._warned = False
 
 
 def files(directory: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,30 +32,39 @@ def _cpu_supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-_BACKENDS = {
-    "reference": Backend(ReferenceKernels(), None, _reference_supports),
-    "cpu": Backend(cpu.CpuKernels(), cpu.load(), _cpu_supports),
-    "triton": Backend(*triton.load(), triton.supports),
+_LOADERS: dict[str, Callable[[], Backend]] = {
+    "reference": lambda: Backend(ReferenceKernels(), None, _reference_supports),
+    "cpu": lambda: Backend(cpu.CpuKernels(), cpu.load(), _cpu_supports),
+    # Looking for a GPU starts its driver, which a process that forks later must not have done: not before it is needed.
+    "triton": lambda: Backend(*triton.load(), triton.supports),
 }
+
+
+@lru_cache
+def _backend(name: str) -> Backend:
+    return _LOADERS[name]()
+
+
+_backend("cpu")  # registers its operators
 _chosen: str | None = None
 
 
 def available_backends() -> dict[str, str]:
     """Every backend by name, with "available" or one line that says why it is not."""
-    return {name: backend.missing or "available" for name, backend in _BACKENDS.items()}
+    return {name: _backend(name).missing or "available" for name in _LOADERS}
 
 
 def empty_cache() -> None:
     """Gives memory back that the CPU kernels keep for later calls: that of former activations, and packed weights."""
-    if _BACKENDS["cpu"].missing is None:
+    if _backend("cpu").missing is None:
         cpu.empty_cache()
 
 
 def get(name: str) -> Backend:
     """The backend of that name; ValueError for an unknown one, RuntimeError for one that cannot be used here."""
-    if name not in _BACKENDS:
-        raise ValueError(f"use_backend: name: expected one of {', '.join(_BACKENDS)}, got {name!r}")
-    backend = _BACKENDS[name]
+    if name not in _LOADERS:
+        raise ValueError(f"use_backend: name: expected one of {', '.join(_LOADERS)}, got {name!r}")
+    backend = _backend(name)
     if backend.missing:
         raise RuntimeError(f"use_backend: {name}: {backend.missing}")
     return backend
@@ -89,8 +99,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
         return _chosen
     if device.type == "cpu":
         return "cpu"
-    triton = _BACKENDS["triton"]
-    reason = triton.missing or triton.supports(device, dtype)
+    found = _backend("triton")
+    reason = found.missing or found.supports(device, dtype)
     if not reason:
         return "triton"
     _warn_reference(device.type, dtype, reason)

@@ -13,9 +13,11 @@ def load():
     """(the kernels, None), or (None, why they cannot be used)."""
     if find_spec("triton") is None:
         return None, "Triton is not installed: run `pip install triton`"
-    from .device import INTERPRETED
-    from .kernels import TritonKernels
-
+    try:
+        from .device import INTERPRETED
+        from .kernels import TritonKernels
+    except Exception as error:  # whatever a broken or foreign installation raises, nothing else needs it
+        return None, f"Triton cannot be used: {type(error).__name__}: {error}"
     if not INTERPRETED and not torch.cuda.is_available():
         return None, "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     return TritonKernels(), None

@@ -31,7 +31,7 @@ RAW = epilogue(None, {})
 
 def precision(dtype: torch.dtype, conv: bool = True) -> str:
     """How float32 products are rounded: as torch is told to for convolutions, or for the gate's two products."""
-    if dtype != torch.float32:
+    if dtype != torch.float32 or torch.version.hip:  # not every AMD GPU has it
         return "ieee"
     wanted = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
     return "tf32" if wanted.fp32_precision == "tf32" else "ieee"

@@ -136,9 +136,17 @@ def gradient(dv, y, scale, shift, gate, q, a, b, c, ACT: tl.constexpr):
 
 
 @triton.jit
+def _tf32(x):
+    """Rounded to the nearest TF32 number, as PyTorch's products have it; without it the tensor cores cut digits off."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def product(a, b, total, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """total + a b, on operands rounded to the storage dtype."""
     a, b = a.to(DTYPE), b.to(DTYPE)
+    if PRECISION == "tf32" and not _INTERPRETED:
+        a, b = _tf32(a), _tf32(b)
     if _INTERPRETED:  # its product would multiply the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)

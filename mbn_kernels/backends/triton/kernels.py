@@ -15,12 +15,14 @@ from . import convolutions, elementwise, norm
 from .convolutions import RAW, epilogue, precision
 
 #: Larger windows do not fit in registers; PyTorch's own convolution takes them, between the same fused stages.
-LARGEST_WINDOW = 49
+LARGEST_WINDOW = 7
 _reference = ReferenceKernels()
 
 
 def _fits(stage: Stage) -> bool:
-    return stage.conv != "depthwise" or stage.kernel[0] * stage.kernel[1] <= LARGEST_WINDOW
+    if stage.conv != "depthwise":
+        return True
+    return max(stage.kernel) <= LARGEST_WINDOW and max(stage.kernel[0], stage.stride[0]) * stage.stride[1] <= 32
 
 
 @lru_cache(maxsize=4096)

@@ -49,7 +49,7 @@ def read(file: Path) -> dict[str, Config]:
     try:
         found = json.loads(file.read_text())
         return {key: Config(c["blocks"], c["warps"], c["stages"], c["strip"]) for key, c in found.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -60,13 +60,20 @@ def write(file: Path, key: str, chosen: Config) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         choices = {**read(file), key: chosen}
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
-            json.dump({k: c._asdict() for k, c in sorted(choices.items())}, new, indent=1)
+            try:
+                json.dump({k: c._asdict() for k, c in sorted(choices.items())}, new, indent=1)
+            except BaseException:
+                os.unlink(new.name)
+                raise
         os.replace(new.name, file)
 
 
 @lru_cache
 def _choices(gpu: str) -> dict[str, Config]:
-    return read(cache_file(gpu))
+    try:
+        return read(cache_file(gpu))
+    except RuntimeError:  # there is no home directory
+        return {}
 
 
 @lru_cache
@@ -75,10 +82,10 @@ def _gpu_name(index: int) -> str:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Median time of a call; infinite where the GPU has not what it needs."""
+    """Median time of a call; infinite where the GPU has not what it needs, or not the memory to find out."""
     try:
         return triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")
-    except _UNFIT:
+    except (*_UNFIT, torch.OutOfMemoryError):
         return float("inf")
 
 
@@ -98,41 +105,53 @@ def best(
     """
     known = _plans.get((device, key))
     if known is not None:
-        return run(known)
+        try:
+            return run(known)
+        except _UNFIT:  # the kernel needs more here than where the plan was made
+            del _plans[device, key]
     found = candidates()
     if INTERPRETED or device.type != "cuda":
         return run(plan(found[0]))
     with torch.cuda.device(device):  # what is timed, and what may be capturing
         chosen = _choose(key, found, _gpu_name(device.index), lambda config: run(plan(config)))
         settled = not (enabled() and torch.cuda.is_current_stream_capturing())  # else it is measured after the capture
+    unfit = None
     for config in (chosen, *found):
         planned = plan(config)
         try:
             result = run(planned)
-        except _UNFIT:
+        except _UNFIT as error:
+            unfit = error
             continue
         if settled:
             _plans[device, key] = planned
         return result
-    raise RuntimeError(f"{key[0]}: no tile size fits this GPU ({_gpu_name(device.index)})")
+    raise RuntimeError(f"{key[0]}: no tile size fits this GPU ({_gpu_name(device.index)})") from unfit
 
 
 def _choose(key: tuple, candidates: Sequence[Config], gpu: str, run: Callable[[Config], object]) -> Config:
     known, text = _choices(gpu), str(key)
     chosen = known.get(text)
-    if chosen is not None:
+    if chosen in candidates:
         return chosen
     if not enabled() or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     times = {i: seconds(lambda c=c: run(c)) for i, c in enumerate(candidates)}
-    known[text] = chosen = candidates[min(times, key=times.get)]
-    try:
-        write(cache_file(gpu), text, chosen)
-    except OSError as error:
-        _warn_unwritable(str(error))
+    fastest = min(times, key=times.get)
+    known[text] = chosen = candidates[fastest]
+    if times[fastest] < float("inf"):
+        try:
+            write(cache_file(gpu), text, chosen)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+            _warn_unwritable(error)
     return chosen
 
 
-@lru_cache
-def _warn_unwritable(error: str) -> None:
-    warnings.warn(f"mbn_kernels: tile sizes are tuned for this process only: {error}", stacklevel=2)
+_warned = False
+
+
+def _warn_unwritable(error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(f"mbn_kernels: tile sizes are tuned for this process only: {error}", stacklevel=2)
