@@ -275,6 +275,21 @@ def test_squeeze_divisor(backend: str, divisor: int, squeeze: int) -> None:
     compare_modules(fused, twin, (2, 16, 7, 6), torch.float32, True, [backend])
 
 
+@MODES
+def test_saved_tensors_in_another_layout(backend: str, training: bool) -> None:
+    """Hooks on saved tensors may give them back contiguous, as torch.autograd.graph.save_on_cpu does."""
+    block, x = stock.randomize(FusedInvResBlock(4, 3, 12, 4, True, "hs", 1)).train(training), torch.randn(2, 4, 6, 5)
+    results = []
+    for pack in (lambda t: t, torch.Tensor.contiguous):
+        leaf = x.clone().requires_grad_()
+        block.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+            stock.pull(block(leaf))
+        results.append([leaf.grad, *(p.grad.clone() for p in block.parameters())])
+    for plain, moved in zip(*results, strict=True):
+        assert torch.equal(plain, moved)
+
+
 def test_input_is_left_alone(backend: str) -> None:
     """The review's squeeze-excite multiplies its input in place; these do not."""
     for module in (mbn_kernels.FusedSqueezeExcite(8), FusedInvResBlock(8, 3, 8, 8, True, "relu", 1)):

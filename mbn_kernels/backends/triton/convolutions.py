@@ -44,6 +44,16 @@ def _statistics(y: Tensor, wanted: bool, groups: Groups) -> tuple[norm.Statistic
     return found, found.arguments()
 
 
+def _given(after: dict) -> tuple[bool, bool]:
+    """What an epilogue reads: part of a key, as the best tile and what it takes depend on it."""
+    return after["var"] is not None, after["residual"] is not None
+
+
+def _asked(g: Gradient, residual: Tensor | None) -> tuple[bool, bool, bool]:
+    """What a gradient reads, likewise."""
+    return g.of.act != "identity", g.b is not None, residual is not None
+
+
 def _added(parts: Tensor, shape: Sequence[int]) -> Tensor:
     """The weight's gradient from its parts."""
     return (parts[0] if len(parts) == 1 else norm.sum_parts(parts)).view(shape)
@@ -70,7 +80,7 @@ def pointwise_forward(u: Value, weight: Tensor, statistics: bool, after: dict, r
         launch(pointwise.pointwise_forward, plan, y.device, arguments)
         return y, found
 
-    key = ("pointwise_forward", n, inner, h, w, outer, dtype, rounding, by_image, statistics)
+    key = ("pointwise_forward", n, inner, h, w, outer, dtype, rounding, by_image, statistics, *_given(after))
     return tuning.best(key, tiles, u.y.device, plan, run)
 
 
@@ -94,7 +104,7 @@ def pointwise_backward(
     outer, dtype = weight.shape[0], u.y.dtype
     by_image = u.gate is not None or g.of.gate is not None
     together = want_du and want_dweight and config.holds(outer, dtype)
-    key = (*u.y.shape, outer, dtype, rounding, by_image)
+    key = (*u.y.shape, outer, dtype, rounding, by_image, *_asked(g, residual))
     du = sums = parts = None
     if want_du:
         wants = want_sums, together
@@ -106,7 +116,7 @@ def pointwise_backward(
 
 def linear_backward(g: Gradient, weight: Tensor, u: Value, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
     """(du, dweight, dbias) of a layer of squeeze-excite: a row an image, so that one group of tiles has them all."""
-    key = (*u.y.shape, weight.shape[0], u.y.dtype, rounding, False)
+    key = (*u.y.shape, weight.shape[0], u.y.dtype, rounding, False, *_asked(g, None))
     du, _, _ = _input_gradient(key, g, weight, u, None, None, False, False, False, rounding)
     dweight, dbias = _weight_gradient(key, g, weight, u, False, rounding, bias=True)
     return du, dweight[0], dbias[0]
@@ -215,7 +225,7 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
         launch(depthwise.depthwise_forward, plan, y.device, arguments)
         return y, found, pooled
 
-    key = _key("depthwise_forward", u, stage, by_image, statistics)
+    key = _key("depthwise_forward", u, stage, by_image, statistics, *_given(after))
     return tuning.best(key, tiles, u.y.device, plan, run)
 
 
@@ -250,7 +260,7 @@ def depthwise_backward(
         launch(depthwise.depthwise_backward, plan, u.y.device, arguments)
         return du, sums, parts
 
-    key = _key("depthwise_backward", u, stage, by_image, want_du, want_sums, want_dweight)
+    key = _key("depthwise_backward", u, stage, by_image, want_du, want_sums, want_dweight, *_asked(g, residual))
     du, sums, parts = tuning.best(key, tiles, u.y.device, plan, run)
     return du, sums, _added(parts, weight.shape) if want_dweight else None
 
