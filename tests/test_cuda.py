@@ -18,7 +18,7 @@ from oracle import Case, Tensors, compare_case, dw, fused_chain, hold, pw
 from test_blocks import GATE, MODES, ODD, REAL, pair
 from torch import Tensor, nn
 
-from mbn_kernels import FusedInvResBlock, available_backends, backends, functional, models, use_backend
+from mbn_kernels import FusedInvResBlock, available_backends, backends, chain, functional, models, use_backend
 from mbn_kernels.models.tables import BlockShape
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:.*runs the reference backend")]
@@ -94,6 +94,18 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 @MODES
 def test_matches_the_oracle(on_triton, case: Case, dtype: torch.dtype, training: bool) -> None:
     compare_case(fused_chain, case, dtype, training, change=to_cuda)
+
+
+def test_tf32_is_rounded(on_triton) -> None:
+    """Of positive numbers digits cut off would show: every product would be too small, by 7e-4 on the average."""
+    torch.backends.cudnn.allow_tf32 = True
+    g = torch.Generator("cuda").manual_seed(0)
+    x, weight = (torch.rand(shape, device="cuda", generator=g) + 0.5 for shape in ((8, 960, 14, 14), (64, 960, 1, 1)))
+    kernels = backends.get("triton").kernels
+    y, _ = kernels.pointwise_forward(chain.Value(x.contiguous(memory_format=torch.channels_last)), weight, False)
+    off = y.double() / torch.nn.functional.conv2d(x.double(), weight.double()) - 1
+    assert 1e-7 < off.abs().max() < 1e-3  # TF32 it is
+    assert off.mean().abs() < 2e-5
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
