@@ -99,6 +99,7 @@ def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, p
     i = _block(inner, 16, 128 // dtype.itemsize)
     # A narrow input is cheap to read twice; a wide one is read once where a tile can be as wide as the output.
     widest = 64 if plain else 128 if i >= inner or outer <= 128 or dtype.itemsize == 4 else 256
+    i = min(i, 32) if widest == 256 else i
     for most in (widest, widest // 2):
         o = _block(outer, 16, most)
         blocks = {"IN_BLOCK": i, "OUT_BLOCK": o, "ONE_BLOCK": i >= inner}

@@ -21,6 +21,7 @@ from .device import (
     kernel,
     merge,
     normalised,
+    place,
     store_moments,
     store_sums,
     value,
@@ -93,11 +94,8 @@ def depthwise_forward(
     """
     C = units * UNIT
     DTYPE: tl.constexpr = y.dtype.element_ty
-    blocks = tl.cdiv(C, CHANNELS)
-    program = tl.program_id(0)
-    group = program // blocks
-    first_image, part = group // parts * span, group % parts
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    block, group, first_image, part = place(tl.cdiv(C, CHANNELS), parts, span)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < C
     columns = tl.arange(0, COLUMNS)
     u_scale = vector(scale, c, keep)
@@ -195,7 +193,7 @@ def depthwise_forward(
             tl.store(to, tl.sum(squeezed, 0) * factor, mask=keep)
             squeezed = zero
     if moments is not None:
-        store_moments(moments, counts, group, program % blocks, c, C, keep, pivot, means, m2, count)
+        store_moments(moments, counts, group, block, c, C, keep, pivot, means, m2, count)
 
 
 @triton.jit
@@ -255,11 +253,8 @@ def depthwise_backward(
     """
     C = units * UNIT
     DTYPE: tl.constexpr = x.dtype.element_ty
-    blocks = tl.cdiv(C, CHANNELS)
-    program = tl.program_id(0)
-    group = program // blocks
-    first_image, part = group // parts * span, group % parts
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    block, group, first_image, part = place(tl.cdiv(C, CHANNELS), parts, span)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < C
     columns = tl.arange(0, COLUMNS)
     u_scale = vector(scale, c, keep)

@@ -182,6 +182,16 @@ def store_moments(moments, counts, group, block, c, channels, keep, pivot, mean,
 
 
 @triton.jit
+def place(blocks, parts, span):
+    """What this program is for: (block of channels, group, the group's first image, its part of each image). Blocks of
+    the same rows are neighbours, so that they share them in the second-level cache.
+    """
+    program = tl.program_id(0)
+    group = program // blocks
+    return program % blocks, group, group // parts * span, group % parts
+
+
+@triton.jit
 def tile_rows(t, first_image, part, run, pixels, ROWS: tl.constexpr):
     """Tile t of a group (:class:`launch.Groups`): its image, its first row in the tensor, how many rows it has; 64 bits
     where a tensor's size may need them.

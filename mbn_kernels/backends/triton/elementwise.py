@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,8 +17,19 @@ from ...chain import Gradient, Norm, Value
 from ..reference import empty_channels_last
 from . import config, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
-from .device import activate, activate_grad, gradient, kernel, normalised, store_sums, tile_rows, value, vector
+from .device import activate, activate_grad, gradient, kernel, normalised, place, store_sums, tile_rows, value, vector
 from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share_rows, vectors
+
+
+@triton.jit
+def _tile(channels, tiles, pixels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A program's only tile: (channels, which of them exist, image, offset of the tile, offsets in it, mask)."""
+    block, _, image, tile = place(tl.cdiv(channels, CHANNELS), tiles, 1)
+    c, r = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, ROWS)
+    keep = c < channels
+    image, row, rows = tile_rows(0, image, tile, 1, pixels, ROWS)
+    mask = (r < rows)[:, None] & keep[None, :]
+    return c, keep, image, row * channels, r[:, None] * channels + c[None, :], mask
 
 
 @kernel
@@ -27,17 +39,8 @@ def _materialize(
     UNIT: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     channels = units * UNIT
-    blocks = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    tile = program // blocks
-    image, row, rows = tile_rows(0, tile // tiles, tile % tiles, 1, pixels, ROWS)
-    keep = c < channels
+    c, keep, image, start, at, mask = _tile(channels, tiles, pixels, ROWS, CHANNELS)
     per_image = image * channels + c
-    start = row * channels
-    r = tl.arange(0, ROWS)
-    at = r[:, None] * channels + c[None, :]
-    mask = (r < rows)[:, None] & keep[None, :]
     y = tl.load(x + start + at, mask=mask, other=0.0)
     v = value(y, vector(scale, c, keep), vector(shift, c, keep), vector(gate, per_image, keep), ACT)
     if residual is not None:
@@ -52,17 +55,8 @@ def _materialize_gradient(
     UNIT: tl.constexpr, G_ACT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     channels = units * UNIT
-    blocks = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    tile = program // blocks
-    image, row, rows = tile_rows(0, tile // tiles, tile % tiles, 1, pixels, ROWS)
-    keep = c < channels
+    c, keep, image, start, at, mask = _tile(channels, tiles, pixels, ROWS, CHANNELS)
     per_image = image * channels + c
-    start = row * channels
-    r = tl.arange(0, ROWS)
-    at = r[:, None] * channels + c[None, :]
-    mask = (r < rows)[:, None] & keep[None, :]
     dv = tl.load(g_dv + start + at, mask=mask, other=0.0)
     y = None
     if g_y is not None:
@@ -83,11 +77,8 @@ def _reduce_gradient(
     UNIT: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     channels = units * UNIT
-    blocks = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    group = program // blocks
-    first_image, part = group // parts * span, group % parts
+    block, group, first_image, part = place(tl.cdiv(channels, CHANNELS), parts, span)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < channels
     r = tl.arange(0, ROWS)
     at = r[:, None] * channels + c[None, :]
@@ -132,11 +123,8 @@ def _pool(
     UNIT: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     channels = units * UNIT
-    blocks = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    group = program // blocks
-    first_image, part = group // parts * span, group % parts
+    block, _, first_image, part = place(tl.cdiv(channels, CHANNELS), parts, span)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     keep = c < channels
     r = tl.arange(0, ROWS)
     at = r[:, None] * channels + c[None, :]

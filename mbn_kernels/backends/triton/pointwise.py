@@ -17,6 +17,7 @@ from .device import (
     kernel,
     merge,
     normalised,
+    place,
     product,
     store_moments,
     store_sums,
@@ -76,11 +77,8 @@ def pointwise_forward(
     """
     IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
     DTYPE: tl.constexpr = y.dtype.element_ty
-    blocks = tl.cdiv(OUT, OUT_BLOCK)
-    program = tl.program_id(0)
-    group = program // blocks
-    first_image, part = group // parts * span, group % parts
-    r, n = tl.arange(0, ROWS), (program % blocks) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
+    block, group, first_image, part = place(tl.cdiv(OUT, OUT_BLOCK), parts, span)
+    r, n = tl.arange(0, ROWS), block * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
     k0 = tl.arange(0, IN_BLOCK)
     keep = n < OUT
 
@@ -132,7 +130,7 @@ def pointwise_forward(
             off = tl.where(mask, off - tile_mean[None, :], 0.0)
             count, means, m2 = merge(count, means, m2, valid, tile_mean, tl.sum(off * off, 0))
     if moments is not None:
-        store_moments(moments, counts, group, program % blocks, n, OUT, keep, pivot, means, m2, count)
+        store_moments(moments, counts, group, block, n, OUT, keep, pivot, means, m2, count)
 
 
 @kernel
@@ -149,11 +147,8 @@ def pointwise_backward(
     """
     IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
     DTYPE: tl.constexpr = du.dtype.element_ty
-    blocks = tl.cdiv(IN, IN_BLOCK)
-    program = tl.program_id(0)
-    group = program // blocks
-    first_image, part = group // parts * span, group % parts
-    r, k = tl.arange(0, ROWS), (program % blocks) * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    block, group, first_image, part = place(tl.cdiv(IN, IN_BLOCK), parts, span)
+    r, k = tl.arange(0, ROWS), block * IN_BLOCK + tl.arange(0, IN_BLOCK)
     n0 = tl.arange(0, OUT_BLOCK)
     keep = k < IN
     zero = tl.zeros((IN_BLOCK,), tl.float32)
@@ -232,12 +227,10 @@ def pointwise_weight(
     """
     IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
     DTYPE: tl.constexpr = x.dtype.element_ty
-    in_blocks, out_blocks = tl.cdiv(IN, IN_BLOCK), tl.cdiv(OUT, OUT_BLOCK)
-    program = tl.program_id(0)
-    group = program // (in_blocks * out_blocks)
-    first_image, part = group // parts * span, group % parts
-    k = (program % in_blocks) * IN_BLOCK + tl.arange(0, IN_BLOCK)
-    n = (program // in_blocks % out_blocks) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
+    in_blocks = tl.cdiv(IN, IN_BLOCK)
+    block, group, first_image, part = place(in_blocks * tl.cdiv(OUT, OUT_BLOCK), parts, span)
+    k = block % in_blocks * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    n = block // in_blocks * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
     r = tl.arange(0, ROWS)
     dw = tl.zeros((OUT_BLOCK, IN_BLOCK), tl.float32)
     db = tl.zeros((OUT_BLOCK,), tl.float32)
@@ -254,4 +247,4 @@ def pointwise_weight(
     to = dweight + group.to(tl.int64) * OUT * IN + n[:, None] * IN + k[None, :]
     tl.store(to, dw, mask=(n < OUT)[:, None] & (k < IN)[None, :])
     if dbias is not None:
-        tl.store(dbias + group.to(tl.int64) * OUT + n, db, mask=n < tl.where(program % in_blocks == 0, OUT, 0))
+        tl.store(dbias + group.to(tl.int64) * OUT + n, db, mask=n < tl.where(block % in_blocks == 0, OUT, 0))
