@@ -34,7 +34,7 @@ ARCHITECTURES = (80, 90, 100)
 #: What a program may have on the smallest of the GPUs from sm_80 on: sm_86, sm_89 and sm_120.
 SHARED = 99 * 1024
 #: Bytes a thread: ptxas keeps a few numbers in memory where one more program then fits on a multiprocessor.
-SPILLED = 32
+SPILLED = 16
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
