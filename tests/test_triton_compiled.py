@@ -259,15 +259,17 @@ def least_bytes(b: BlockShape) -> int:
 
 
 def test_bytes_of_a_training_step() -> None:
-    """All of MobileNetV3-Large's blocks move at most 1.15 times the minimum: every launch reads and writes its tensors
-    once (test_triton_interpreter.py counts), those for partial results and weights included. Programs that read the
-    same rows run side by side, so that a second reading is the cache's.
+    """All of MobileNetV3-Large's blocks move at most 1.1 times the minimum: these are the figures of docs/design.md.
+
+    Every launch reads and writes its tensors once (test_triton_interpreter.py counts), those for partial results and
+    weights included. Programs that read the same rows run side by side, so that a second reading is the cache's.
     """
     moved = [
         sum(launch.bytes for launch in block.forward[0] + block.backward[0]) / BATCH for block in recorded("bfloat16")
     ]
     least = [least_bytes(b) for b in layer_shapes(LARGE)]
     assert 58e6 < sum(least) < 59e6
+    assert 62e6 < sum(moved) < 63e6
     assert sum(moved) <= 1.10 * sum(least)
     evaluated = sum(launch.bytes for block in recorded("bfloat16") for launch in block.evaluation[0]) / BATCH
-    assert evaluated <= 18.8e6  # every tensor between two layers written and read once
+    assert 17.5e6 < evaluated < 18.8e6  # 18.8 MB is every tensor between two layers written and read once

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from triton import cdiv, next_power_of_2
 
-from .launch import PROGRAMS, cdiv, multiprocessors, power_of_2
+from .launch import PROGRAMS, multiprocessors
 
 #: Tests make it small, so that tiny tensors take many tiles and end in the middle of one.
 largest_block = 1 << 20
@@ -35,7 +36,7 @@ class Config(NamedTuple):
 
 def _block(n: int, least: int, most: int) -> int:
     """A power of two that covers n where ``most`` allows it."""
-    return max(min(power_of_2(n), most, largest_block), least)
+    return max(min(next_power_of_2(n), most, largest_block), least)
 
 
 def _distinct(configs: list[Config]) -> list[Config]:
@@ -157,7 +158,9 @@ def pointwise_weight(pixels: int, inner: int, outer: int, dtype: torch.dtype, pr
 def _depthwise_tile(channels: int, columns: int, a_thread: int) -> dict[str, int]:
     """So many channels a thread as keep the window in registers; channels in blocks of a memory line that fit best."""
     elements = a_thread * 32 * 4
-    c = min((64, 32, 128), key=lambda block: cdiv(channels, block) * block) if channels > 32 else power_of_2(channels)
+    c = next_power_of_2(channels)
+    if channels > 32:
+        c = min((64, 32, 128), key=lambda block: cdiv(channels, block) * block)
     w = _block(columns, 1, max(elements // c, 1))
     return {"CHANNELS": _block(c, 1, max(elements // w, 1)), "COLUMNS": w}
 

@@ -16,14 +16,15 @@ import triton.language as tl
 from .device import (
     SILU,
     activate,
-    activate_grad,
+    folded_scale,
     gradient,
     kernel,
     merge,
-    normalised,
     place,
     store_moments,
     store_sums,
+    store_two_sums,
+    sum_terms,
     value,
     vector,
 )
@@ -104,9 +105,7 @@ def depthwise_forward(
     out_scale = None
     out_shift = None
     if var is not None:
-        out_scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, mask=keep, other=1.0).to(tl.float32) + eps))
-        if bn_weight is not None:
-            out_scale *= vector(bn_weight, c, keep)
+        out_scale = folded_scale(var, bn_weight, c, keep, eps)
         out_shift = -vector(mean, c, keep) * out_scale
         if bias is not None:
             out_shift += vector(bias, c, keep)
@@ -351,16 +350,13 @@ def depthwise_backward(
                             if sums is not None:
                                 stored = tl.where(mask, stored.to(tl.float32), 0.0)
                                 y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-                                n = normalised(y, u_scale, u_shift)
-                                d = tl.where(mask, activate_grad(n, ACT), 0.0)
-                                if mean is not None:
-                                    y = (y - mu[None, :]) * rs[None, :]
-                                t2 += stored * d
-                                t4 += stored * d * y
+                                s1, s2, s3, s4, s5 = sum_terms(stored, y, u_scale, u_shift, mu, rs, mask, ACT)
+                                t2 += s2
+                                t4 += s4
                                 if gate is not None:
-                                    t1 += stored * activate(n, ACT)
-                                    t3 += d
-                                    t5 += d * y
+                                    t1 += s1
+                                    t3 += s3
+                                    t5 += s5
                 moved = ()
                 for a in tl.static_range(STEP * SW, RING * SW):
                     moved = moved + (gradients[a],)
@@ -373,8 +369,7 @@ def depthwise_backward(
             t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
     if sums is not None and gate is None:
         to = sums + group.to(tl.int64) * 2 * C + c
-        tl.store(to, tl.sum(t2, 0), mask=keep)
-        tl.store(to + C, tl.sum(t4, 0), mask=keep)
+        store_two_sums(to, C, keep, tl.sum(t2, 0), tl.sum(t4, 0))
     if dweight is not None:
         to = dweight + (group.to(tl.int64) * C + c) * (KH * KW)
         for tap in tl.static_range(KH * KW):

@@ -162,6 +162,35 @@ def merge(count, mean, m2, count_b, mean_b, m2_b):
 
 
 @triton.jit
+def sum_terms(dv, y, scale, shift, mean, rstd, mask, ACT: tl.constexpr):
+    """What the five sums of a stage add up over a tile (docs/design.md, "Backward"), 0 outside of the mask, where dv is
+    0 already. Those that are not used are not computed.
+    """
+    n = normalised(y, scale, shift)
+    d = tl.where(mask, activate_grad(n, ACT), 0.0)
+    x = y
+    if mean is not None:
+        x = (y - mean[None, :]) * rstd[None, :]
+    return dv * activate(n, ACT), dv * d, d, dv * d * x, d * x
+
+
+@triton.jit
+def store_two_sums(to, channels, keep, t2, t4):
+    """The sums of a stage without a gate, a row each."""
+    tl.store(to, t2, mask=keep)
+    tl.store(to + channels, t4, mask=keep)
+
+
+@triton.jit
+def folded_scale(var, weight, c, keep, eps):
+    """Batch norm's scale from running statistics."""
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, mask=keep, other=1.0).to(tl.float32) + eps))
+    if weight is not None:
+        scale *= vector(weight, c, keep)
+    return scale
+
+
+@triton.jit
 def store_sums(to, channels, keep, t1, t2, t3, t4, t5):
     """The five sums of a gated stage, a row each."""
     tl.store(to, t1, mask=keep)

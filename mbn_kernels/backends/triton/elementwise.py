@@ -12,13 +12,14 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import cdiv
 
 from ...chain import Gradient, Norm, Value
 from ..reference import empty_channels_last
 from . import config, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
-from .device import activate, activate_grad, gradient, kernel, normalised, place, store_sums, tile_rows, value, vector
-from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share_rows, vectors
+from .device import gradient, kernel, place, store_sums, store_two_sums, sum_terms, tile_rows, value, vector
+from .launch import Groups, Plan, channel_unit, launch, rows_of, share_rows, vectors
 
 
 @triton.jit
@@ -94,16 +95,13 @@ def _reduce_gradient(
         mask = (r < rows)[:, None] & keep[None, :]
         dv = tl.load(g_dv + start + at, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32)
-        n = normalised(y, k, b)
-        d = tl.where(mask, activate_grad(n, ACT), 0.0)
-        if mean is not None:
-            y = (y - mu[None, :]) * rs[None, :]
-        t2 += dv * d
-        t4 += dv * d * y
+        s1, s2, s3, s4, s5 = sum_terms(dv, y, k, b, mu, rs, mask, ACT)
+        t2 += s2
+        t4 += s4
         if gate is not None:
-            t1 += dv * activate(n, ACT)
-            t3 += d
-            t5 += d * y
+            t1 += s1
+            t3 += s3
+            t5 += s5
             if t % run == run - 1:
                 to = sums + (image * parts + part) * 5 * channels + c
                 store_sums(
@@ -112,8 +110,7 @@ def _reduce_gradient(
                 t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
     if gate is None:
         to = sums + group.to(tl.int64) * 2 * channels + c
-        tl.store(to, tl.sum(t2, 0), mask=keep)
-        tl.store(to + channels, tl.sum(t4, 0), mask=keep)
+        store_two_sums(to, channels, keep, tl.sum(t2, 0), tl.sum(t4, 0))
 
 
 @kernel

@@ -51,7 +51,7 @@ class TritonKernels:
     def evaluate(
         self, x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], residuals: tuple[bool, ...]
     ) -> Tensor:
-        x, flat = _channels_last(x), [p.contiguous() for p in flat]
+        x, flat = x.contiguous(memory_format=torch.channels_last), [p.contiguous() for p in flat]
         params = iter(stage_parameters([stage for chain in chains for stage in chain.stages], flat))
         for chain, residual in zip(chains, residuals, strict=True):
             x = _evaluate(x, chain, params, x if residual else None)
@@ -89,10 +89,6 @@ class TritonKernels:
         dhidden, dw2, db2 = convolutions.linear_backward(Gradient(dgate, logits), w2, hidden, rounding)
         dpooled, dw1, db1 = convolutions.linear_backward(Gradient(dhidden, hidden), w1, squeezed, rounding)
         return dpooled.flatten(1), {"w1": dw1, "b1": db1, "w2": dw2, "b2": db2}
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _map(pooled: Tensor) -> Value:

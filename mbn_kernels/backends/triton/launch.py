@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from .device import INTERPRETED
 
@@ -14,24 +16,11 @@ from .device import INTERPRETED
 PROGRAMS = 4
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two not below n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def channel_unit(*channels: int) -> int:
-    """The largest power of two, 16 at most, that divides every one of these channel counts: kernels take a count as so
-    many units, from which the compiler knows how far a row's start is aligned and so how wide it may load.
+def channel_unit(channels: int) -> int:
+    """The largest power of two, 16 at most, that divides the count: kernels take a count of channels as so many units,
+    from which the compiler knows how far a row's start is aligned and so how wide it may load.
     """
-    unit = 16
-    for c in channels:
-        while c % unit:
-            unit //= 2
-    return unit
+    return gcd(channels, 16)
 
 
 @lru_cache

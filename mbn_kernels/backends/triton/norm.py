@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import cdiv
 
 from . import config
 from .device import kernel, vector
-from .launch import Groups, Plan, cdiv, launch, vectors
+from .launch import Groups, Plan, launch, vectors
 
 
 class Statistics:

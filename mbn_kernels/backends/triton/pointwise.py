@@ -12,15 +12,16 @@ import triton.language as tl
 
 from .device import (
     activate,
-    activate_grad,
+    folded_scale,
     gradient,
     kernel,
     merge,
-    normalised,
     place,
     product,
     store_moments,
     store_sums,
+    store_two_sums,
+    sum_terms,
     tile_rows,
     value,
     vector,
@@ -85,9 +86,7 @@ def pointwise_forward(
     out_scale = None
     out_shift = vector(bias, n, keep)
     if var is not None:
-        out_scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + n, mask=keep, other=1.0).to(tl.float32) + eps))
-        if bn_weight is not None:
-            out_scale *= vector(bn_weight, n, keep)
+        out_scale = folded_scale(var, bn_weight, n, keep, eps)
         moved = -vector(mean, n, keep) * out_scale
         out_shift = moved if bias is None else out_shift + moved
     if ONE_BLOCK:  # the whole weight stays in registers or shared memory
@@ -191,23 +190,22 @@ def pointwise_backward(
         tl.store(du + start * IN + at, stored, mask=mask)
         if sums is not None:
             kept = stored.to(tl.float32)
-            n_u = normalised(u, vector(scale, k, keep), vector(shift, k, keep))
-            d = tl.where(mask, activate_grad(n_u, ACT), 0.0)
-            if mean is not None:
-                u = (u - vector(mean, k, keep)[None, :]) * vector(rstd, k, keep)[None, :]
-            t2 += tl.sum(kept * d, 0)
-            t4 += tl.sum(kept * d * u, 0)
+            s1, s2, s3, s4, s5 = sum_terms(
+                kept, u, vector(scale, k, keep), vector(shift, k, keep), vector(mean, k, keep), vector(rstd, k, keep),
+                mask, ACT,
+            )  # fmt: skip
+            t2 += tl.sum(s2, 0)
+            t4 += tl.sum(s4, 0)
             if gate is not None:
-                t1 += tl.sum(kept * activate(n_u, ACT), 0)
-                t3 += tl.sum(d, 0)
-                t5 += tl.sum(d * u, 0)
+                t1 += tl.sum(s1, 0)
+                t3 += tl.sum(s3, 0)
+                t5 += tl.sum(s5, 0)
                 if t % run == run - 1:
                     store_sums(sums + (image * parts + part) * 5 * IN + k, IN, keep, t1, t2, t3, t4, t5)
                     t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
     if sums is not None and gate is None:
         to = sums + group.to(tl.int64) * 2 * IN + k
-        tl.store(to, t2, mask=keep)
-        tl.store(to + IN, t4, mask=keep)
+        store_two_sums(to, IN, keep, t2, t4)
     if dweight is not None:
         to = dweight + group.to(tl.int64) * OUT * IN + n0[:, None] * IN + k[None, :]
         tl.store(to, dw, mask=(n0 < OUT)[:, None] & keep[None, :])
