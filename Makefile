@@ -4,7 +4,8 @@ VENV ?= .venv
 # What `pip install` gets for PyTorch: any release from 2.11 on, CPU or CUDA build.
 TORCH ?= torch>=2.11
 # Two processes of one thread each finish sooner than one process of two: most tests are small.
-TEST_ARGS ?= -n 2
+# A test that hangs ends with the stacks of all its threads instead of holding up the rest.
+TEST_ARGS ?= -n 2 --timeout 900
 BENCHMARK_ARGS ?=
 
 bin := $(VENV)/bin

@@ -138,7 +138,8 @@ def test_replaced_children_run(backend: str, child: str) -> None:
         parent, _, last = child.rpartition(".")
         setattr(m.get_submodule(parent), last, copy.deepcopy(replacement))
     assert reason in module.why_not_fused()
-    assert_same(step(module, make_input()), step(twin, make_input()))
+    # The gradient of a bias that batch norm cancels is all rounding.
+    assert_same(step(module, make_input()), step(twin, make_input()), 5e-5)
 
 
 @pytest.mark.parametrize("where", ("layers", "layers.0", "layers.1", "layers.2.excitation"))
