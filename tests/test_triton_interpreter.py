@@ -302,11 +302,11 @@ def test_every_launch_reads_what_it_is_given_and_writes_it_once(monkeypatch: pyt
     seen: set[str] = set()
     execute = launch.execute
 
-    def checked(kernel, programs, arguments, of) -> None:
+    def checked(kernel, programs, arguments) -> None:
         traffic, name = Traffic(), kernel.fn.__name__
         with pytest.MonkeyPatch.context() as patch:
             traffic.watch(patch)
-            execute(kernel, programs, arguments, of)
+            execute(kernel, programs, arguments)
         loads, stores = (
             np.concatenate(each) if each else np.empty(0, np.uint64) for each in (traffic.loads, traffic.stores)
         )

@@ -73,7 +73,7 @@ def record(run: Callable[[], object]) -> tuple[list[Launch], list[str]]:
     """(the launches of a call, the names of PyTorch's own operators in it)."""
     found: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch, _Others() as others:
-        patch.setattr(launch, "execute", lambda kernel, programs, a, device: found.append(Launch(kernel, programs, a)))
+        patch.setattr(launch, "execute", lambda kernel, programs, a: found.append(Launch(kernel, programs, a)))
         run()
     return found, others.names
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
-from .launch import PROGRAMS, multiprocessors
+from .launch import PROGRAMS, cdiv, multiprocessors
 
 #: Tests make it small, so that tiny tensors take many tiles and end in the middle of one.
 largest_block = 1 << 20

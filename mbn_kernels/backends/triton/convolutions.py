@@ -7,7 +7,6 @@ from math import gcd
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ...activations import ACTIVATIONS
 from ...chain import Gradient, Norm, Stage, Value
@@ -16,7 +15,7 @@ from . import config, depthwise, norm, pointwise, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
 from .config import Config
 from .elementwise import empty_sums
-from .launch import Groups, Plan, channel_unit, launch, rows_of, share, share_rows, vectors
+from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share, share_rows, vectors
 
 
 def epilogue(stage: Stage | None, p: dict, residual: Tensor | None = None) -> dict:

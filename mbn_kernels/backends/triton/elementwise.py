@@ -12,14 +12,13 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from ...chain import Gradient, Norm, Value
 from ..reference import empty_channels_last
 from . import config, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
 from .device import gradient, kernel, place, store_sums, store_two_sums, sum_terms, tile_rows, value, vector
-from .launch import Groups, Plan, channel_unit, launch, rows_of, share_rows, vectors
+from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share_rows, vectors
 
 
 @triton.jit

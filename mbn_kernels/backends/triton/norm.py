@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
-from . import config
+from . import config, tuning
 from .device import kernel, vector
-from .launch import Groups, Plan, launch, vectors
+from .launch import Groups, Plan, cdiv, launch, vectors
 
 
 class Statistics:
@@ -155,9 +156,17 @@ def _sum_parts(parts_of, total, parts, size, PARTS: tl.constexpr, CHANNELS: tl.c
     tl.store(total + i, tl.sum(found, 0), mask=keep)
 
 
-def _per_channel(kernel, channels: int, tile: config.Config, device: torch.device, arguments: dict) -> None:
-    programs = cdiv(channels, tile.blocks["CHANNELS"])
-    launch(kernel, Plan(programs, Groups(1, channels, 1, 1, 1), tile.arguments()), device, arguments)
+def _per_channel(kernel, tile: Callable, channels: int, parts: int, device: torch.device, arguments: dict) -> None:
+    """Starts a kernel that merges ``parts`` of each channel, in the tile that ``tile`` gives for both."""
+
+    def plan(chosen: config.Config) -> Plan:
+        programs = cdiv(channels, chosen.blocks["CHANNELS"])
+        return Plan(programs, Groups(1, channels, 1, 1, 1), chosen.arguments())
+
+    def run(plan: Plan) -> None:
+        launch(kernel, plan, device, arguments)
+
+    tuning.best((kernel.fn.__name__, channels, parts), lambda: [tile(channels, parts)], device, plan, run)
 
 
 def batch_norm(statistics: Statistics, count: int, weight: Tensor | None, bias: Tensor | None, eps: float):
@@ -169,7 +178,7 @@ def batch_norm(statistics: Statistics, count: int, weight: Tensor | None, bias: 
         **{"parts": statistics.parts, "channels": channels, "eps": eps},
         "unbiased": count / (count - 1) if count > 1 else float("nan"),
     }
-    _per_channel(_batch_norm, channels, config.merge(channels, statistics.parts), norm.device, arguments)
+    _per_channel(_batch_norm, config.merge, channels, statistics.parts, norm.device, arguments)
     return norm, mean, var
 
 
@@ -178,7 +187,7 @@ def running_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor 
     norm = vectors(mean, 4, channels)
     arguments = {"mean": mean, "var": var, "weight": weight, "bias": bias, "norm": norm}
     arguments |= {"channels": channels, "eps": eps}
-    _per_channel(_running_norm, channels, config.merge(channels, 0), norm.device, arguments)
+    _per_channel(_running_norm, config.merge, channels, 0, norm.device, arguments)
     return norm
 
 
@@ -192,7 +201,7 @@ def norm_backward(sums: Tensor, gate: Tensor | None, q: Tensor | None, norm: Ten
         **{"dweight": dweight, "dbias": dbias, "b_out": b, "c_out": c},
         **{"rows": rows, "parts": parts, "channels": channels, "inverse_count": 1.0 / (count or 1)},
     }
-    _per_channel(_norm_backward, channels, config.merge(channels, max(rows, 1)), norm.device, arguments)
+    _per_channel(_norm_backward, config.merge, channels, max(rows, 1), norm.device, arguments)
     return dweight, dbias, b, c
 
 
@@ -201,5 +210,5 @@ def sum_parts(parts_of: Tensor) -> Tensor:
     total = vectors(parts_of, *parts_of.shape[1:])
     parts, size = parts_of.shape[0], total.numel()
     arguments = {"parts_of": parts_of, "total": total, "parts": parts, "size": size}
-    _per_channel(_sum_parts, size, config.sum_parts(size, parts), total.device, arguments)
+    _per_channel(_sum_parts, config.sum_parts, size, parts, total.device, arguments)
     return total
