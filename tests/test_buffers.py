@@ -144,7 +144,7 @@ def test_after_fork() -> None:
     take(2)  # something to be kept
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=in_a_child, args=(t, queue))
+    child = context.Process(target=in_a_child, args=(t, queue), daemon=True)
     child.start()
     child.join(60)
     assert child.exitcode == 0
