@@ -135,6 +135,7 @@ def test_threads() -> None:
 
 
 def in_a_child(t: Tensor, queue) -> None:
+    torch.set_num_threads(1)  # as a DataLoader's worker does: the threads of OpenMP stay behind in the parent
     fresh = take(2).fill_(7)
     queue.put((float(t.max()), float(fresh.min())))
 
