@@ -166,7 +166,8 @@ class ReferenceKernels:
     def pointwise_backward(self, g, weight, u, norm, residual, want_du, want_sums, want_dweight):
         dy, w, v = gradient(g), weight.to(accumulate_dtype(weight.dtype)), value(u)
         du = torch.einsum("nohw,oc->nchw", dy, w.flatten(1)) if want_du else None
-        dweight = torch.einsum("nohw,nchw->oc", dy, v) if want_dweight else None
+        # As stock sums: a product over all pixels adds them one by one, and rounds as often.
+        dweight = torch.nn.grad.conv2d_weight(v, weight.shape, dy) if want_dweight else None
         return self._backward(u, norm, residual, du, want_sums, dweight)
 
     def depthwise_backward(self, g, weight, stage, u, norm, residual, want_du, want_sums, want_dweight):
