@@ -138,8 +138,9 @@ def test_replaced_children_run(backend: str, child: str) -> None:
         parent, _, last = child.rpartition(".")
         setattr(m.get_submodule(parent), last, copy.deepcopy(replacement))
     assert reason in module.why_not_fused()
-    # The gradient of a bias that batch norm cancels is all rounding.
-    assert_same(step(module, make_input()), step(twin, make_input()), 5e-5)
+    # The gradient of a bias that batch norm cancels is the rounding of its terms, which are larger than 1.
+    tolerance = 5e-5 if reason == "a convolution with a bias" else 1e-5
+    assert_same(step(module, make_input()), step(twin, make_input()), tolerance)
 
 
 @pytest.mark.parametrize("where", ("layers", "layers.0", "layers.1", "layers.2.excitation"))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from oracle import Case, dw, make_tensors, pw  # noqa: E402
+import triton_record as record  # noqa: E402
+from oracle import Case, dw, pw  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from mbn_kernels import chain  # noqa: E402
 from mbn_kernels.backends.triton import config, device, launch, norm, tuning  # noqa: E402
 from mbn_kernels.backends.triton.kernels import TritonKernels  # noqa: E402
 
@@ -92,34 +92,25 @@ def make_input(dtype: torch.dtype, offset: int = 0) -> Tensor:
     return torch.zeros(n * h * w * c + offset, dtype=dtype)[offset:].view(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def step(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+def run(x: Tensor) -> None:
     """Training, forward and backward, and evaluation of the block."""
-    kernels, t = TritonKernels(), make_tensors(CASE)
-    for training in (True, False):
-        parsed = chain.parse(chain.chain_spec(CASE.name, [stage.spec(training) for stage in CASE.stages]))
-        params, needs = [], [True]
-        for stage, p in zip(parsed.stages, t.stages, strict=True):
-            params += [p[n].to(dtype if n == "weight" else torch.float32) for n in stage.parameter_names]
-            needs += [not n.startswith("running") for n in stage.parameter_names]
-        if training:
-            out, _, saved = chain.forward(kernels, x, parsed.stages, params, CASE.residual, True)
-            chain.backward(kernels, torch.zeros_like(out), x, parsed.stages, params, saved, CASE.residual, needs)
-        else:
-            kernels.evaluate(x, (parsed,), params, (CASE.residual,))
+    record.step(x, *record.chain_of(CASE, x.dtype, True, "cpu"), CASE.residual)
+    parsed, params, _ = record.chain_of(CASE, x.dtype, False, "cpu")
+    TritonKernels().evaluate(x, (parsed,), params, (CASE.residual,))
 
 
 def described(v: object) -> object:
     return (v.dtype, v.shape, v.stride(), v.data_ptr() % 16) if isinstance(v, Tensor) else v
 
 
-def test_started_again_is_what_triton_starts(driver: Driver, looked_up: list[str], monkeypatch) -> None:
+def test_started_again_is_what_triton_starts(driver: Driver, looked_up: list[str]) -> None:
     x = make_input(torch.bfloat16)
-    step(x)
+    run(x)
     first, kernels = driver.starts.copy(), len(looked_up)
     assert kernels > 25
     assert len({start.function for start in first}) > 12
     driver.starts.clear()
-    step(x)
+    run(x)
     assert len(looked_up) == kernels  # none was looked for again
     assert len(driver.starts) == len(first)
     for again, once in zip(driver.starts, first, strict=True):
@@ -129,26 +120,26 @@ def test_started_again_is_what_triton_starts(driver: Driver, looked_up: list[str
 
     driver.starts.clear()
     driver.stream = 8
-    step(x)
+    run(x)
     assert {start.stream for start in driver.starts} == {8}
 
 
 def test_other_types_and_addresses_are_looked_up(driver: Driver, looked_up: list[str]) -> None:
     """What Triton compiles depends on both."""
-    step(make_input(torch.bfloat16))
+    run(make_input(torch.bfloat16))
     functions = {start.function for start in driver.starts}
     driver.starts.clear()
     looked_up.clear()
-    step(make_input(torch.bfloat16, offset=1))
+    run(make_input(torch.bfloat16, offset=1))
     readers = sum(any(isinstance(v, Tensor) and v.data_ptr() % 16 for v in s.arguments) for s in driver.starts)
     assert len(looked_up) == readers > 2
     assert {start.function for start in driver.starts} - functions  # without wide loads
 
     looked_up.clear()
-    step(make_input(torch.bfloat16, offset=1))
+    run(make_input(torch.bfloat16, offset=1))
     assert len(looked_up) == readers  # not kept in the place of the others
     looked_up.clear()
-    step(make_input(torch.bfloat16))
+    run(make_input(torch.bfloat16))
     assert not looked_up
 
 

@@ -108,24 +108,27 @@ def _meta(module: nn.Module, dtype: torch.dtype):
     return parsed, params, call.residual
 
 
+def chain_of(case: Case, dtype: torch.dtype, training: bool, device: str) -> tuple[chain.Chain, list[Tensor], list]:
+    """(chain, parameters, which of x and them need gradients) under autocast to dtype."""
+    specs = [stage.spec(training) for stage in case.stages]
+    parsed, params, needs = chain.parse(chain.chain_spec(case.name, specs)), [], [True]
+    for stage, p in zip(parsed.stages, make_tensors(case).stages, strict=True):
+        params += [p[name].to(device, dtype if name == "weight" else torch.float32) for name in stage.parameter_names]
+        needs += [not name.startswith("running") for name in stage.parameter_names]
+    return parsed, params, needs
+
+
+def step(x: Tensor, parsed: chain.Chain, params: list[Tensor], needs: list, residual: bool) -> None:
+    """Forward and backward of a chain."""
+    kernels = TritonKernels()
+    out, _, saved = chain.forward(kernels, x, parsed.stages, params, residual, True)
+    chain.backward(kernels, torch.empty_like(out), x, parsed.stages, params, saved, residual, needs)
+
+
 def record_case(case: Case, dtype: torch.dtype, training: bool) -> list[Launch]:
     """The launches of a chain and its backward; not in training, batch norm is frozen."""
-    specs = [stage.spec(training) for stage in case.stages]
-    parsed, t = chain.parse(chain.chain_spec(case.name, specs)), make_tensors(case)
-    params, needs = [], [True]
-    for stage, p in zip(parsed.stages, t.stages, strict=True):
-        params += [p[name].to("meta", dtype if name == "weight" else torch.float32) for name in stage.parameter_names]
-        needs += [not name.startswith("running") for name in stage.parameter_names]
-    x, kernels, results = t.x.to("meta", dtype).contiguous(memory_format=torch.channels_last), TritonKernels(), []
-
-    def forward() -> None:
-        results.extend(chain.forward(kernels, x, parsed.stages, params, case.residual, True))
-
-    def backward() -> None:
-        out, _, saved = results
-        chain.backward(kernels, torch.empty_like(out), x, parsed.stages, params, saved, case.residual, needs)
-
-    return record(forward)[0] + record(backward)[0]
+    x = torch.empty(case.shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    return record(lambda: step(x, *chain_of(case, dtype, training, "meta"), case.residual))[0]
 
 
 def record_block(b: BlockShape, batch: int, dtype: torch.dtype) -> Recorded:

@@ -18,7 +18,7 @@ ALIGNED = 16
 
 
 def cdiv(n: int, d: int) -> int:
-    """n / d rounded up; Triton's own takes microseconds, as it is for constants of kernels, too."""
+    """n / d rounded up, at each launch: Triton's own, which is for constants of kernels too, is slow."""
     return -(-n // d)
 
 
@@ -101,8 +101,8 @@ def vectors(like: Tensor, *shape: int) -> Tensor:
 class Started:
     """A kernel that Triton compiled for a plan and arguments of some types, to start it again.
 
-    Triton's own launch looks at every argument to find the compiled kernel: 20 to 30 microseconds, longer than many
-    kernels run. Sizes and constants are the plan's, the same each time, so that the other arguments' types decide.
+    Triton's own launch looks at every argument to find the compiled kernel. Sizes and constants are the plan's, the
+    same each time, so that the types of the other arguments decide.
     """
 
     def __init__(self, compiled, kernel, plan: Plan, names: Iterable[str]) -> None:
@@ -137,7 +137,7 @@ def launch(kernel, plan: Plan, device: torch.device, arguments: dict) -> None:
             types.append(v.dtype)
             addresses |= v.data_ptr()
         else:  # whatever a float's value, the code is the same
-            types.append(type(v))
+            types.append(float if type(v) is float else v)
     key = tuple(types)
     started = plan.compiled.get(key)
     if started is not None and addresses % ALIGNED == 0:

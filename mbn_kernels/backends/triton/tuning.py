@@ -15,7 +15,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,7 +113,7 @@ def best(
     if INTERPRETED or device.type != "cuda":
         return run(plan(found[0]))
     with torch.cuda.device(device):  # what is timed, and what may be capturing
-        chosen = _choose(key, found, _gpu_name(device.index), lambda config: run(plan(config)))
+        chosen = _choose(key, found, _gpu_name(device.index), plan, run)
         settled = not (enabled() and torch.cuda.is_current_stream_capturing())  # else it is measured after the capture
     unfit = None
     for config in (chosen, *found):
@@ -129,14 +129,14 @@ def best(
     raise RuntimeError(f"{key[0]}: no tile size fits this GPU ({_gpu_name(device.index)})") from unfit
 
 
-def _choose(key: tuple, candidates: Sequence[Config], gpu: str, run: Callable[[Config], object]) -> Config:
+def _choose(key: tuple, candidates: Sequence[Config], gpu: str, plan: Callable, run: Callable) -> Config:
     known, text = _choices(gpu), str(key)
     chosen = known.get(text)
     if chosen in candidates:
         return chosen
     if not enabled() or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
         return candidates[0]
-    times = {i: seconds(lambda c=c: run(c)) for i, c in enumerate(candidates)}
+    times = {i: seconds(partial(run, plan(c))) for i, c in enumerate(candidates)}
     fastest = min(times, key=times.get)
     known[text] = chosen = candidates[fastest]
     if times[fastest] < float("inf"):
