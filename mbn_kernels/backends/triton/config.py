@@ -97,14 +97,16 @@ def _product(pixels: int, rows: int, blocks: dict, numbers, most: int, stages: i
 
 def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:
     plain, found = _plain(dtype, precision), []
-    i = _block(inner, 16, 128 // dtype.itemsize)
+    # The ordinary units hold the factors in registers, too: fewer of them, and fewer numbers a thread.
+    narrow, rows, numbers = (16, 64, 48) if plain else (128 // dtype.itemsize, 128, _MOST)
+    i = _block(inner, 16, narrow)
     # A narrow input is cheap to read twice; a wide one is read once where a tile can be as wide as the output.
     widest = 64 if plain else 128 if i >= inner or outer <= 128 or dtype.itemsize == 4 else 256
     i = min(i, 32) if widest == 256 else i
     for most in (widest, widest // 2):
         o = _block(outer, 16, most)
         blocks = {"IN_BLOCK": i, "OUT_BLOCK": o, "ONE_BLOCK": i >= inner}
-        found.append(_product(pixels, 64 if plain else 128, blocks, lambda rows, o=o: rows * (i + 2 * o), _MOST, 3))
+        found.append(_product(pixels, rows, blocks, lambda rows, o=o: rows * (i + 2 * o), numbers, 3))
     return _distinct(found[0] + found[1][:3])
 
 
