@@ -22,6 +22,30 @@ namespace mbn {
 enum class Act : int { identity = 0, relu = 1, relu6 = 2, hardswish = 3, silu = 4, hardsigmoid = 5, sigmoid = 6 };
 constexpr int kActCount = 7;
 
+// NaN stays NaN in both: one instruction on a GPU, where a comparison and a choice would be two.
+template <int Least, class V>
+MBN_INLINE V at_least(V n) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == sizeof(float)) {
+    float out;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(n), "f"(float(Least)));
+    return out;
+  }
+#endif
+  return n < Least ? V{} + Least : n;
+}
+template <int Most, class V>
+MBN_INLINE V at_most(V n) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == sizeof(float)) {
+    float out;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(n), "f"(float(Most)));
+    return out;
+  }
+#endif
+  return n > Most ? V{} + Most : n;
+}
+
 // e^x; csrc/cpu/vec.h adds the vectors.
 template <class V>
 struct Exponential;
@@ -42,19 +66,13 @@ MBN_INLINE V logistic(V n) {
 // clamp(n + 3, 0, 6) / 6, the gate of squeeze-excite and the slope of hard-swish.
 template <class V>
 MBN_INLINE V hard_logistic(V n) {
-  V t = n + 3;
-  t = t < 0 ? V{} : t;
-  t = t > 6 ? V{} + 6 : t;
-  return t * ((V{} + 1) / 6);  // a division per element costs more than the rest of a kernel
+  return at_most<6>(at_least<0>(n + 3)) * ((V{} + 1) / 6);  // a division per element costs more than the rest of a kernel
 }
 
 template <Act A, class V>
 MBN_INLINE V activate(V n) {
-  if constexpr (A == Act::relu) return n < 0 ? V{} : n;
-  if constexpr (A == Act::relu6) {
-    V t = n < 0 ? V{} : n;
-    return t > 6 ? V{} + 6 : t;
-  }
+  if constexpr (A == Act::relu) return at_least<0>(n);
+  if constexpr (A == Act::relu6) return at_most<6>(at_least<0>(n));
   if constexpr (A == Act::hardswish) return n * hard_logistic(n);
   if constexpr (A == Act::silu) return n * logistic(n);
   if constexpr (A == Act::hardsigmoid) return hard_logistic(n);
@@ -88,6 +106,25 @@ MBN_INLINE V activate_grad(V n) {
     return s * (1 - s);
   }
   return one;
+}
+
+template <Act A>
+struct ActTag {
+  static constexpr Act act = A;
+};
+
+// Calls f(ActTag<act>{}): the one place where an activation chosen at run time becomes a template argument.
+template <class F>
+MBN_INLINE void with_act(Act act, const F& f) {
+  switch (act) {
+    case Act::identity: return f(ActTag<Act::identity>{});
+    case Act::relu: return f(ActTag<Act::relu>{});
+    case Act::relu6: return f(ActTag<Act::relu6>{});
+    case Act::hardswish: return f(ActTag<Act::hardswish>{});
+    case Act::silu: return f(ActTag<Act::silu>{});
+    case Act::hardsigmoid: return f(ActTag<Act::hardsigmoid>{});
+    case Act::sigmoid: return f(ActTag<Act::sigmoid>{});
+  }
 }
 
 }  // namespace mbn

@@ -24,6 +24,9 @@ _BACKWARD = (
     "Tensor weight, Tensor? residual, Tensor? mean, Tensor? rstd, Tensor(a!)? du, Tensor(b!)? sums, Tensor(c!)? dweight"
 )
 
+_SQUARE = "int stride, int[2] corner"  # of a window as wide as it is high; corner: the padding's top and left
+_NORM = "Tensor? mean, Tensor? var, Tensor? bn_weight, Tensor? bn_bias, float eps"
+
 #: name -> arguments; every operator returns nothing.
 KERNEL_SCHEMAS = {
     "pointwise_forward": f"{_VALUE}, Tensor weight, Tensor(a!) y, {_STATISTICS}",
@@ -39,6 +42,9 @@ KERNEL_SCHEMAS = {
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
     "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",
     "reduce_gradient": f"Tensor dv, {_VALUE}, Tensor? mean, Tensor? rstd, Tensor(a!) sums",
+    "cuda_depthwise_forward": f"{_VALUE}, Tensor weight, {_SQUARE}, Tensor(b!)? counts, Tensor(c!)? moments, "
+    f"{_NORM}, int act, Tensor? residual, Tensor(d!)? pooled, int[6] share, Tensor(a!) y",
+    "cuda_depthwise_backward": f"{_GRADIENT}, {_VALUE}, {_SQUARE}, int[6] share, {_BACKWARD}",
 }
 
 library = torch.library.Library("mbn", "DEF")

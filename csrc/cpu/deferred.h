@@ -7,25 +7,6 @@
 namespace mbn {
 namespace MBN_ISA {
 
-template <Act A>
-struct ActTag {
-  static constexpr Act act = A;
-};
-
-// Calls f(ActTag<act>{}): the one place where an activation chosen at run time becomes a template argument.
-template <class F>
-MBN_INLINE void with_act(Act act, const F& f) {
-  switch (act) {
-    case Act::identity: return f(ActTag<Act::identity>{});
-    case Act::relu: return f(ActTag<Act::relu>{});
-    case Act::relu6: return f(ActTag<Act::relu6>{});
-    case Act::hardswish: return f(ActTag<Act::hardswish>{});
-    case Act::silu: return f(ActTag<Act::silu>{});
-    case Act::hardsigmoid: return f(ActTag<Act::hardsigmoid>{});
-    case Act::sigmoid: return f(ActTag<Act::sigmoid>{});
-  }
-}
-
 // How many channels a vector holds, known to the compiler where it is a whole or half vector.
 template <int N>
 struct LanesTag {

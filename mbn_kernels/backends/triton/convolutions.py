@@ -196,7 +196,7 @@ def _rows(stage: Stage) -> tuple[int, int, int]:
     return dilation // gap, stride // gap, gap
 
 
-def _key(name: str, u: Value, stage: Stage, *more: object) -> tuple:
+def depthwise_key(name: str, u: Value, stage: Stage, *more: object) -> tuple:
     return name, *u.y.shape, u.y.dtype, stage.kernel, stage.stride, stage.padding, stage.dilation, *more
 
 
@@ -225,7 +225,7 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
         launch(depthwise.depthwise_forward, plan, y.device, arguments)
         return y, found, pooled
 
-    key = _key("depthwise_forward", u, stage, by_image, statistics, *_given(after))
+    key = depthwise_key("depthwise_forward", u, stage, by_image, statistics, *_given(after))
     return tuning.best(key, tiles, u.y.device, plan, run)
 
 
@@ -260,7 +260,7 @@ def depthwise_backward(
         launch(depthwise.depthwise_backward, plan, u.y.device, arguments)
         return du, sums, parts
 
-    key = _key("depthwise_backward", u, stage, by_image, want_du, want_sums, want_dweight, *_asked(g, residual))
+    key = depthwise_key("depthwise_backward", u, stage, by_image, want_du, want_sums, want_dweight, *_asked(g, residual))
     du, sums, parts = tuning.best(key, tiles, u.y.device, plan, run)
     return du, sums, _added(parts, weight.shape) if want_dweight else None
 

@@ -58,14 +58,16 @@ class Groups(NamedTuple):
         return max(cdiv(self.images, self.span), 1) * self.parts
 
 
-def share(device: torch.device, images: int, pixels: int, tiles: int, blocks: int, least: int = 1) -> Groups:
-    """Groups for programs that take ``blocks`` blocks of channels each: enough to fill the GPU, or fewer, so that each
-    has ``least`` tiles, as long as every multiprocessor has one.
+def share(
+    device: torch.device, images: int, pixels: int, tiles: int, blocks: int, least: int = 1, programs: int = PROGRAMS
+) -> Groups:
+    """Groups for programs that take ``blocks`` blocks of channels each: enough to fill the GPU, which is ``programs``
+    for each multiprocessor, or fewer, so that each has ``least`` tiles, as long as every multiprocessor has one.
     """
     if not tiles * images:
         return Groups(images, pixels, 1, 0, 1)
     total, processors = images * tiles, multiprocessors(device)
-    wanted = max(min(cdiv(PROGRAMS * processors, blocks), max(cdiv(total, least), cdiv(processors, blocks))), 1)
+    wanted = max(min(cdiv(programs * processors, blocks), max(cdiv(total, least), cdiv(processors, blocks))), 1)
     if images >= wanted:
         return Groups(images, pixels, 1, tiles, cdiv(images, wanted))
     run = cdiv(tiles, cdiv(wanted, images))

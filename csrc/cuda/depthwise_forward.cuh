@@ -1,0 +1,234 @@
+// y = the depthwise convolution of value(u): in training with the statistics of y, in evaluation normalised, activated and pooled.
+#pragma once
+
+#include "depthwise.cuh"
+
+namespace mbn {
+
+// What a window of K rows and columns at stride STRIDE means for a thread: it makes COLUMNS neighbouring outputs of a row, in a ring of the ROWS
+// output rows that one input row reaches.
+template <int K, int STRIDE>
+struct ForwardWindow {
+  static constexpr int kColumns = forward_columns(K);
+  static constexpr int kRows = (K - 1) / STRIDE + 1;
+  static constexpr int kReach = (kColumns - 1) * STRIDE + K;  // input columns
+  static MBN_BOTH constexpr int tile(int groups) { return (groups * kColumns - 1) * STRIDE + K; }
+};
+
+template <class S, int K, int STRIDE>
+MBN_BOTH size_t depthwise_forward_shared(const Share& share) {
+  const int active = share.vectors * (kVector<S> / 2) * share.groups;
+  const size_t rows = size_t(kStages) * ForwardWindow<K, STRIDE>::tile(share.groups) * share.vectors * 16, merge = size_t(active) * 7 * 4;
+  return (rows > merge ? rows : merge) + size_t(active) * 2 * 4;
+}
+
+// Count, mean and sum of squared deviations of a thread's two channels, taken of what differs from its first number.
+struct Moments {
+  Pair pivot, sum, squares;  // of the unit in progress
+  Pair mean, m2;             // of those before
+  float count, done;
+
+  MBN_DEVICE_MEMBER Moments() : pivot{}, sum{}, squares{}, mean{}, m2{}, count(0), done(0) {}
+
+  MBN_DEVICE_MEMBER void add(Pair v) {
+    if (count + done == 0) pivot = v;
+    const Pair d = {v.a - pivot.a, v.b - pivot.b};
+    sum = {sum.a + d.a, sum.b + d.b};
+    squares = multiply_add(d, d, squares);
+    count += 1;
+  }
+  // Chan, Golub, LeVeque 1983.
+  MBN_DEVICE_MEMBER void merge(float n, Pair other_mean, Pair other_m2) {
+    const float total = done + n, part = n / total;
+    const Pair d = {other_mean.a - mean.a, other_mean.b - mean.b};
+    m2 = {m2.a + other_m2.a + d.a * d.a * (done * part), m2.b + other_m2.b + d.b * d.b * (done * part)};
+    mean = {mean.a + d.a * part, mean.b + d.b * part};
+    done = total;
+  }
+  MBN_DEVICE_MEMBER void end_unit() {
+    if (count == 0) return;
+    const Pair m = {sum.a / count, sum.b / count};
+    merge(count, m, {squares.a - sum.a * m.a, squares.b - sum.b * m.b});
+    sum = squares = {};
+    count = 0;
+  }
+};
+
+template <class S>
+MBN_DEVICE void store_moments(Moments& m, const DepthwiseForward& p, const Place<S>& place, float* scratch) {
+  MBN_BARRIER();  // the rows in this memory are used up
+  const int n = place.active, t = thread_index();
+  if (t < n) {
+    const float own[7] = {m.done, m.pivot.a, m.pivot.b, m.mean.a, m.mean.b, m.m2.a, m.m2.b};
+#pragma unroll
+    for (int i = 0; i < 7; ++i) scratch[i * n + t] = own[i];
+  }
+  MBN_BARRIER();
+  if (t >= place.pairs || place.channel >= p.map.channels) return;
+  for (int other = t + place.pairs; other < n; other += place.pairs) {
+    if (scratch[other] == 0) continue;
+    const Pair pivot = {scratch[n + other], scratch[2 * n + other]};
+    if (m.done == 0) m.pivot = pivot;
+    const Pair mean = {pivot.a - m.pivot.a + scratch[3 * n + other], pivot.b - m.pivot.b + scratch[4 * n + other]};
+    m.merge(scratch[other], mean, {scratch[5 * n + other], scratch[6 * n + other]});
+  }
+  float* to = p.moments + int64_t(place.group) * 3 * p.map.channels + place.channel;
+  store_pair(to, 0, m.pivot);
+  store_pair(to, p.map.channels, m.mean);
+  store_pair(to, 2 * p.map.channels, m.m2);
+  if (place.channel == 0) p.counts[place.group] = m.done;
+}
+
+// Batch norm by running statistics as a factor and a summand.
+MBN_DEVICE void fold(const RunningNorm& norm, int channel, Pair& scale, Pair& shift) {
+  const Pair var = vector_pair(norm.var, channel, 1), mean = vector_pair(norm.mean, channel, 0);
+  const Pair weight = vector_pair(norm.weight, channel, 1), bias = vector_pair(norm.bias, channel, 0);
+  scale = {weight.a / sqrtf(var.a + norm.eps), weight.b / sqrtf(var.b + norm.eps)};
+  shift = {bias.a - mean.a * scale.a, bias.b - mean.b * scale.b};
+}
+
+// The input rows of a unit, in the order in which they are loaded and used.
+template <int K, int STRIDE>
+struct UnitRows {
+  int row = 0, end = 0;
+
+  UnitRows() = default;
+  MBN_DEVICE_MEMBER UnitRows(const Map& map, const Unit& unit) {
+    const int from = unit.first * STRIDE - map.top, to = (unit.end - 1) * STRIDE - map.top + K;
+    row = from > 0 ? from : 0;
+    end = !unit.live ? row : to < map.height ? to : map.height;
+  }
+};
+
+template <class S, int K, int STRIDE>
+MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
+  using Window = ForwardWindow<K, STRIDE>;
+  constexpr int C = Window::kColumns, R = Window::kRows;
+  const Place<S> place(p.map, p.share);
+  const RowCopy<S> copy(place, p.map, p.share);
+  const int channels = p.map.channels, channel = place.channel;
+  const bool works = channel < channels, training = p.moments != nullptr, evaluation = p.norm.var != nullptr;
+  const int columns = Window::tile(p.share.groups), stage_bytes = columns * copy.bytes;
+  char* const stages = shared_memory();
+  float* const scratch = reinterpret_cast<float*>(stages) + (depthwise_forward_shared<S, K, STRIDE>(p.share) / 4 - 2 * place.active);
+
+  Pair w[K * K], u_scale = {1, 1}, u_shift = {}, u_gate = {1, 1}, scale = {1, 1}, shift = {}, squeezed = {};
+  const bool plain = p.u.scale == nullptr && p.u.gate == nullptr && p.u.act == int(Act::identity);
+  if (works) {
+    const S* weight = static_cast<const S*>(p.weight) + int64_t(channel) * (K * K);
+#pragma unroll
+    for (int i = 0; i < K * K; ++i) w[i] = {to_float(weight[i]), to_float(weight[K * K + i])};
+    u_scale = vector_pair(p.u.scale, channel, 1);
+    u_shift = vector_pair(p.u.shift, channel, 0);
+    if (evaluation) fold(p.norm, channel, scale, shift);
+  }
+  Moments moments;
+
+  // Rows are fetched some units ahead of their use.
+  int fetched = 0, fetch_stage = 0, fetch_image = 0, fetch_column = 0;
+  UnitRows<K, STRIDE> ahead;
+  const auto fetch = [&] {
+    while (ahead.row >= ahead.end && fetched < place.units) {
+      const Unit unit(p.share, place.first_image, place.part, fetched++, p.map.out_height);
+      ahead = UnitRows<K, STRIDE>(p.map, unit);
+      fetch_image = unit.image;
+      fetch_column = unit.tile * p.share.groups * C * STRIDE - p.map.left;
+    }
+    if (ahead.row < ahead.end) {
+      const S* row = static_cast<const S*>(p.u.y) + (int64_t(fetch_image) * p.map.height + ahead.row) * p.map.width * channels;
+      copy(stages + fetch_stage * stage_bytes, row, channels, fetch_column, columns, p.map.width);
+      ++ahead.row;
+    }
+    commit_copies();  // of nothing, too, so that one group is one row
+    fetch_stage = fetch_stage + 1 == kStages ? 0 : fetch_stage + 1;
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch();
+
+  int stage = 0;
+  for (int t = 0; t < place.units; ++t) {
+    const Unit unit(p.share, place.first_image, place.part, t, p.map.out_height);
+    const UnitRows<K, STRIDE> rows(p.map, unit);
+    const int column = (unit.tile * p.share.groups + place.column_group) * C;  // the thread's first output
+    const int from = column * STRIDE - p.map.left;                            // and its first input
+    if (works && p.u.gate != nullptr) u_gate = vector_pair(p.u.gate, int64_t(unit.image) * channels + channel, 1);
+    Pair ring[R][C] = {};
+    const int begin = unit.first - (R - 1);
+    for (int q = begin; unit.live && q < unit.end; ++q) {
+#pragma unroll
+      for (int s = 0; s < STRIDE; ++s) {
+        const int i = K - STRIDE + s, row = q * STRIDE - p.map.top + i;  // window row i of output row q
+        if (row < rows.row || row >= rows.end) continue;
+        wait_copies<kStages - 2>();
+        MBN_BARRIER();
+        fetch();
+        if (works) {
+          const S* tile = reinterpret_cast<const S*>(stages + stage * stage_bytes);
+          const int at = (place.column_group * C * STRIDE) * place.pairs + place.pair;
+          Pair v[Window::kReach];
+#pragma unroll
+          for (int j = 0; j < Window::kReach; ++j) v[j] = load_pair(tile, 2 * int64_t(at + j * place.pairs));
+          if (!plain) {
+#pragma unroll
+            for (int j = 0; j < Window::kReach; ++j) v[j] = multiply_add(v[j], u_scale, u_shift);
+            activate_all(v, p.u.act);
+#pragma unroll
+            for (int j = 0; j < Window::kReach; ++j) {
+              const bool inside = from + j >= 0 && from + j < p.map.width;  // padding is 0 after the activation
+              v[j] = {inside ? v[j].a * u_gate.a : 0, inside ? v[j].b * u_gate.b : 0};
+            }
+          }
+#pragma unroll
+          for (int a = 0; a < R; ++a) {
+            const int tap = i - a * STRIDE;
+            if (tap < 0 || tap >= K) continue;
+#pragma unroll
+            for (int j = 0; j < K; ++j) {
+#pragma unroll
+              for (int c = 0; c < C; ++c) ring[a][c] = multiply_add(w[tap * K + j], v[c * STRIDE + j], ring[a][c]);
+            }
+          }
+        }
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+      }
+      if (works && q >= unit.first) {
+        Pair out[C];
+#pragma unroll
+        for (int c = 0; c < C; ++c) out[c] = evaluation ? multiply_add(ring[0][c], scale, shift) : ring[0][c];
+        activate_all(out, p.act);
+        const int64_t start = ((int64_t(unit.image) * p.map.out_height + q) * p.map.out_width + column) * channels + channel;
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          if (column + c >= p.map.out_width) continue;
+          const int64_t to = start + int64_t(c) * channels;
+          if (p.residual != nullptr) {
+            const Pair r = load_pair(static_cast<const S*>(p.residual), to);
+            out[c] = {out[c].a + r.a, out[c].b + r.b};
+          }
+          const Pair stored = store_pair(static_cast<S*>(p.y), to, out[c]);
+          if (training) moments.add(stored);
+          squeezed = {squeezed.a + stored.a, squeezed.b + stored.b};
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < R; ++a) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) ring[a][c] = a + 1 < R ? ring[a + 1][c] : Pair{};
+      }
+    }
+    if (training) moments.end_unit();
+    if (p.pooled != nullptr && (t + 1) % p.share.run == 0) {
+      float sums[2] = {squeezed.a * p.factor, squeezed.b * p.factor};
+      add_groups(sums, scratch, place, p.share.groups);
+      if (works && thread_index() < place.pairs) {
+        store_pair(p.pooled, (int64_t(unit.image) * p.share.parts + place.part) * channels + channel, {sums[0], sums[1]});
+      }
+      squeezed = {};
+    }
+  }
+  if (training) {
+    wait_copies<0>();
+    store_moments(moments, p, place, reinterpret_cast<float*>(stages));
+  }
+}
+
+}  // namespace mbn

@@ -1,0 +1,38 @@
+// Every kernel for one storage type: MBN_STORAGE, which the including file defines.
+#include "depthwise_forward.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+
+namespace mbn {
+
+// Calls f(window size, stride), both as integral constants.
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+template <class F>
+static void with_window(int kernel, int stride, const F& f) {
+  const auto at_stride = [&](auto k) { stride == 1 ? f(k, Number<1>{}) : f(k, Number<2>{}); };
+  if (kernel == 3) return at_stride(Number<3>{});
+  if (kernel == 5) return at_stride(Number<5>{});
+  return at_stride(Number<7>{});
+}
+
+// A block for each slice of channels of each group of units.
+static Launch depthwise_launch(const Map& map, const Share& share, int vector, size_t shared, void* stream) {
+  const int groups = divide_up(map.images, share.span) * share.parts;
+  const int threads = divide_up(share.vectors * (vector / 2) * share.groups, kWarp) * kWarp;
+  return {groups * share.slices, threads, shared, stream};
+}
+
+template <>
+void run_depthwise_forward<MBN_STORAGE>(const DepthwiseForward& p, int kernel, int stride, void* stream) {
+  with_window(kernel, stride, [&](auto k, auto s) {
+    constexpr int K = decltype(k)::value, STRIDE = decltype(s)::value;
+    const size_t shared = depthwise_forward_shared<MBN_STORAGE, K, STRIDE>(p.share);
+    launch("depthwise_forward", &depthwise_forward<MBN_STORAGE, K, STRIDE>, p,
+           depthwise_launch(p.map, p.share, kVector<MBN_STORAGE>, shared, stream));
+  });
+}
+
+}  // namespace mbn

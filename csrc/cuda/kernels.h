@@ -1,0 +1,23 @@
+// The kernels' entry points, a set for each storage type (kernels_*.cu), for the bindings.
+#pragma once
+
+#include "types.h"
+
+namespace mbn {
+
+// Whether there is a kernel for windows of this size and stride.
+constexpr bool has_window(int64_t kernel, int64_t stride) { return (kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2); }
+
+constexpr int kMostThreads = 256;  // of a block
+
+// Neighbouring columns that a thread has, of the output forward and of the steps of STRIDE input columns backward. 7 divides every width of a
+// MobileNet at 224; with a 7x7 window fewer fit in registers.
+constexpr int forward_columns(int kernel) { return kernel > 5 ? 4 : 7; }
+constexpr int backward_columns(int kernel, int stride) { return kernel > 5 || stride > 1 ? 4 : 7; }
+
+template <class S>
+void run_depthwise_forward(const DepthwiseForward& p, int kernel, int stride, void* stream);
+template <class S>
+void run_depthwise_backward(const DepthwiseBackward& p, int kernel, int stride, void* stream);
+
+}  // namespace mbn

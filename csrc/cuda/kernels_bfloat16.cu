@@ -1,0 +1,2 @@
+#define MBN_STORAGE bfloat16
+#include "kernel_table.cuh"

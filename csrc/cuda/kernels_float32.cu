@@ -1,0 +1,2 @@
+#define MBN_STORAGE float
+#include "kernel_table.cuh"

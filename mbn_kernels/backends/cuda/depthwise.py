@@ -1,0 +1,87 @@
+"""Starts the kernels of ``csrc/cuda/depthwise_*.cuh``: allocates what they write, shares out the work."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...activations import ACTIVATIONS
+from ...chain import Gradient, Norm, Stage, Value
+from ..reference import empty_channels_last
+from ..triton import convolutions, tuning
+from ..triton.arguments import gradient_arguments
+from ..triton.config import Config
+from ..triton.elementwise import empty_sums
+from ..triton.launch import ALIGNED, Groups, vectors
+from ..triton.norm import Statistics
+from . import config
+from .config import TRITON
+
+
+class Plan(NamedTuple):
+    """Which blocks take what; None where Triton's kernel runs."""
+
+    groups: Groups | None
+    share: list[int] | None
+
+
+def fits(stage: Stage, *tensors: Tensor | None) -> bool:
+    """Whether there is a kernel for this window and these tensors: a square one of 3, 5 or 7 with one stride of 1 or 2,
+    and channels in whole, aligned pieces of 16 bytes.
+    """
+    k, s = stage.kernel[0], stage.stride[0]
+    if stage.kernel != (k, k) or stage.stride != (s, s) or stage.dilation != (1, 1) or k not in (3, 5, 7) or s > 2:
+        return False
+    first = tensors[0]
+    if first.shape[1] % config.channel_vector(first.dtype) or not first.numel():
+        return False
+    return all(t is None or t.data_ptr() % ALIGNED == 0 for t in tensors)
+
+
+def _plan(tile: Config, shape: torch.Size, steps: int, columns: int, each: int, dtype, device) -> Plan:
+    if tile == TRITON:
+        return Plan(None, None)
+    groups = config.shared(tile, shape[0], shape[1], steps, columns, each, dtype, device)
+    share = [tile.blocks["vectors"], tile.blocks["groups"], tile.strip, groups.parts, groups.run, groups.span]
+    return Plan(groups, share)
+
+
+def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, after: dict, pool: bool):
+    """(y, its statistics, parts of its mean over each image), as :func:`convolutions.depthwise_forward`."""
+    if not fits(stage, u.y, after["residual"]):
+        return convolutions.depthwise_forward(u, weight, stage, statistics, after, pool)
+    shape, (kernel, _), (stride, _) = stage.output_shape(u.y.shape, None), stage.kernel, stage.stride
+    sizes = shape[2], shape[3], config.forward_columns(kernel)
+    kind = u.y.dtype, u.y.device
+
+    def tiles() -> list[Config]:
+        halo = (kernel - stride) / (stride * sizes[2])
+        return [*config.depthwise(*shape[:2], *sizes, halo, *kind), TRITON]
+
+    def plan(tile: Config) -> Plan:
+        return _plan(tile, shape, *sizes, *kind)
+
+    def run(plan: Plan):
+        if plan.share is None:
+            return convolutions.depthwise_forward(u, weight, stage, statistics, after, pool)
+        y = empty_channels_last(u.y, shape)
+        found = Statistics(y, plan.groups.count, shape[1]) if statistics else None
+        pooled = vectors(y, shape[0], plan.groups.parts, shape[1]) if pool else None
+        torch.ops.mbn.cuda_depthwise_forward.default(
+            *(u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code),
+            *(weight, stride, [stage.padding[0], stage.padding[2]]),
+            *((found.counts, found.moments) if found else (None, None)),
+            *(_numbers(after[name]) for name in ("mean", "var", "bn_weight", "bias")),
+            *(after["eps"], after["OUT_ACT"], after["residual"], pooled, plan.share, y),
+        )
+        return y, found, pooled
+
+    wants = statistics, pool, after["var"] is not None, after["residual"] is not None
+    key = convolutions.depthwise_key("cuda_depthwise_forward", u, stage, *wants)
+    return tuning.best(key, tiles, u.y.device, plan, run)
+
+
+def _numbers(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float()
