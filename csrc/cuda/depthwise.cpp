@@ -72,9 +72,39 @@ void depthwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const O
   by_dtype(a, [&](auto tag) { run_depthwise_forward<typename decltype(tag)::type>(p, kernel, int(stride), device.stream()); });
 }
 
+void depthwise_backward(const Tensor& g_dv, const OptionalTensor& g_y, const OptionalTensor& g_scale, const OptionalTensor& g_shift,
+                        const OptionalTensor& g_gate, int64_t g_act, const OptionalTensor& g_q, const OptionalTensor& g_a, const OptionalTensor& g_b,
+                        const OptionalTensor& g_c, const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor& u_shift,
+                        const OptionalTensor& u_gate, int64_t u_act, int64_t stride, std::vector<int64_t> corner, std::vector<int64_t> share,
+                        const Tensor& weight, const OptionalTensor& residual, const OptionalTensor& mean, const OptionalTensor& rstd,
+                        const OptionalTensor& du, const OptionalTensor& sums, const OptionalTensor& dweight) {
+  const Arguments a("cuda_depthwise_backward", u_y);
+  const Shape in = shape_of(a.op(), "u_y", u_y), out = shape_of(a.op(), "g_dv", g_dv);
+  DepthwiseBackward p;
+  p.map = map_of(a, in, out, weight, stride, corner);
+  const int kernel = int(weight.size(2)), step = int(stride), columns_each = backward_columns(kernel, step);
+  const auto steps = [&](int size, int before) { return divide_up(size + before, step) - before / step; };
+  p.share = share_of(a, p.map, share, steps(p.map.height, p.map.top), steps(p.map.width, p.map.left), columns_each);
+  p.g = a.gradient(out, g_dv, g_y, g_scale, g_shift, g_gate, g_act, g_q, g_a, g_b, g_c);
+  p.u = a.value("u_y", in, u_y, u_scale, u_shift, u_gate, u_act);
+  p.weight = a.weight("weight", weight, in.channels * kernel * kernel);
+  p.residual = a.activations("residual", residual, in);
+  a.together("rstd", mean, rstd);
+  p.mean = a.numbers("mean", mean, in.channels);
+  p.rstd = a.numbers("rstd", rstd, in.channels);
+  p.du = a.activations_out("du", du, in);
+  MBN_CHECK(du.has_value() || !sums.has_value(), a.op(), ": du: expected a tensor where sums are wanted, got none");
+  const int64_t count = group_count(p.map, p.share);
+  p.sums = a.numbers_out("sums", sums, u_gate ? 5 * in.images * p.share.parts * in.channels : 2 * count * in.channels);
+  p.dweight = a.numbers_out("dweight", dweight, count * in.channels * kernel * kernel);
+  const OnDevice device(u_y);
+  by_dtype(a, [&](auto tag) { run_depthwise_backward<typename decltype(tag)::type>(p, kernel, step, device.stream()); });
+}
+
 }  // namespace
 }  // namespace mbn
 
 STABLE_TORCH_LIBRARY_IMPL(mbn, MBN_DISPATCH_KEY, m) {
   m.impl("cuda_depthwise_forward", TORCH_BOX(&mbn::depthwise_forward));
+  m.impl("cuda_depthwise_backward", TORCH_BOX(&mbn::depthwise_backward));
 }

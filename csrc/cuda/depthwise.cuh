@@ -84,9 +84,9 @@ struct RowCopy {
   }
 };
 
-// Sums over the column groups of a block: each thread gives N numbers, those of the first group get the sums. `scratch` holds active * N.
+// Sums over the column groups of a block: each thread gives N pairs, those of the first group get the sums. `scratch` holds N pairs a thread.
 template <int N, class S>
-MBN_DEVICE void add_groups(float (&v)[N], float* scratch, const Place<S>& place, int groups) {
+MBN_DEVICE void add_groups(Pair* v, Pair* scratch, const Place<S>& place, int groups) {
   MBN_BARRIER();  // whoever used the scratch memory before is done
   if (thread_index() < place.active) {
 #pragma unroll
@@ -96,7 +96,10 @@ MBN_DEVICE void add_groups(float (&v)[N], float* scratch, const Place<S>& place,
   if (thread_index() < place.pairs) {
     for (int g = 1; g < groups; ++g) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) v[i] += scratch[i * place.active + g * place.pairs + thread_index()];
+      for (int i = 0; i < N; ++i) {
+        const Pair other = scratch[i * place.active + g * place.pairs + thread_index()];
+        v[i] = {v[i].a + other.a, v[i].b + other.b};
+      }
     }
   }
 }

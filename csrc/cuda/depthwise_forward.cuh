@@ -19,7 +19,7 @@ template <class S, int K, int STRIDE>
 MBN_BOTH size_t depthwise_forward_shared(const Share& share) {
   const int active = share.vectors * (kVector<S> / 2) * share.groups;
   const size_t rows = size_t(kStages) * ForwardWindow<K, STRIDE>::tile(share.groups) * share.vectors * 16, merge = size_t(active) * 7 * 4;
-  return (rows > merge ? rows : merge) + size_t(active) * 2 * 4;
+  return (rows > merge ? rows : merge) + size_t(active) * sizeof(Pair);
 }
 
 // Count, mean and sum of squared deviations of a thread's two channels, taken of what differs from its first number.
@@ -110,7 +110,7 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
   const bool works = channel < channels, training = p.moments != nullptr, evaluation = p.norm.var != nullptr;
   const int columns = Window::tile(p.share.groups), stage_bytes = columns * copy.bytes;
   char* const stages = shared_memory();
-  float* const scratch = reinterpret_cast<float*>(stages) + (depthwise_forward_shared<S, K, STRIDE>(p.share) / 4 - 2 * place.active);
+  Pair* const scratch = reinterpret_cast<Pair*>(stages + depthwise_forward_shared<S, K, STRIDE>(p.share)) - place.active;
 
   Pair w[K * K], u_scale = {1, 1}, u_shift = {}, u_gate = {1, 1}, scale = {1, 1}, shift = {}, squeezed = {};
   const bool plain = p.u.scale == nullptr && p.u.gate == nullptr && p.u.act == int(Act::identity);
@@ -217,10 +217,10 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
     }
     if (training) moments.end_unit();
     if (p.pooled != nullptr && (t + 1) % p.share.run == 0) {
-      float sums[2] = {squeezed.a * p.factor, squeezed.b * p.factor};
-      add_groups(sums, scratch, place, p.share.groups);
+      squeezed = {squeezed.a * p.factor, squeezed.b * p.factor};
+      add_groups<1>(&squeezed, scratch, place, p.share.groups);
       if (works && thread_index() < place.pairs) {
-        store_pair(p.pooled, (int64_t(unit.image) * p.share.parts + place.part) * channels + channel, {sums[0], sums[1]});
+        store_pair(p.pooled, (int64_t(unit.image) * p.share.parts + place.part) * channels + channel, squeezed);
       }
       squeezed = {};
     }

@@ -1,4 +1,5 @@
 // Every kernel for one storage type: MBN_STORAGE, which the including file defines.
+#include "depthwise_backward.cuh"
 #include "depthwise_forward.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -31,6 +32,16 @@ void run_depthwise_forward<MBN_STORAGE>(const DepthwiseForward& p, int kernel, i
     constexpr int K = decltype(k)::value, STRIDE = decltype(s)::value;
     const size_t shared = depthwise_forward_shared<MBN_STORAGE, K, STRIDE>(p.share);
     launch("depthwise_forward", &depthwise_forward<MBN_STORAGE, K, STRIDE>, p,
+           depthwise_launch(p.map, p.share, kVector<MBN_STORAGE>, shared, stream));
+  });
+}
+
+template <>
+void run_depthwise_backward<MBN_STORAGE>(const DepthwiseBackward& p, int kernel, int stride, void* stream) {
+  with_window(kernel, stride, [&](auto k, auto s) {
+    constexpr int K = decltype(k)::value, STRIDE = decltype(s)::value;
+    const size_t shared = BackwardMemory<MBN_STORAGE, K, STRIDE>(p).end;
+    launch("depthwise_backward", &depthwise_backward<MBN_STORAGE, K, STRIDE>, p,
            depthwise_launch(p.map, p.share, kVector<MBN_STORAGE>, shared, stream));
   });
 }

@@ -14,7 +14,7 @@ from ..triton import convolutions, tuning
 from ..triton.arguments import gradient_arguments
 from ..triton.config import Config
 from ..triton.elementwise import empty_sums
-from ..triton.launch import ALIGNED, Groups, vectors
+from ..triton.launch import ALIGNED, Groups, cdiv, vectors
 from ..triton.norm import Statistics
 from . import config
 from .config import TRITON
@@ -85,3 +85,42 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
 
 def _numbers(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.float()
+
+
+def depthwise_backward(
+    g: Gradient, weight: Tensor, stage: Stage, u: Value, norm_of: Norm | None, residual: Tensor | None,
+    want_du: bool, want_sums: bool, want_dweight: bool,
+):  # fmt: skip
+    """(du, sums, dweight), by one kernel and, for dweight, one that adds its parts."""
+    wants = want_du, want_sums, want_dweight
+    if not fits(stage, u.y, g.dv, g.of.y, residual):
+        return convolutions.depthwise_backward(g, weight, stage, u, norm_of, residual, *wants)
+    (kernel, _), (stride, _), corner = stage.kernel, stage.stride, (stage.padding[0], stage.padding[2])
+    steps = [cdiv(size + before, stride) - before // stride for size, before in zip(u.y.shape[2:], corner, strict=True)]
+    sizes, kind = (*steps, config.backward_columns(kernel, stride)), (u.y.dtype, u.y.device)
+
+    def tiles() -> list[Config]:
+        halo = ((kernel - 1) // stride) / sizes[2]
+        return [*config.depthwise(*u.y.shape[:2], *sizes, halo, *kind), TRITON]
+
+    def plan(tile: Config) -> Plan:
+        return _plan(tile, u.y.shape, *sizes, *kind)
+
+    def run(plan: Plan):
+        if plan.share is None:
+            return convolutions.depthwise_backward(g, weight, stage, u, norm_of, residual, *wants)
+        du = empty_channels_last(u.y, tuple(u.y.shape)) if want_du else None
+        sums = empty_sums(u, plan.groups) if want_sums else None
+        parts = vectors(u.y, plan.groups.count, *weight.shape) if want_dweight else None
+        of = gradient_arguments(g)
+        torch.ops.mbn.cuda_depthwise_backward.default(
+            *(of[name] for name in ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")),
+            *(u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code),
+            *(stride, list(corner), plan.share, weight, residual),
+            *((norm_of.mean, norm_of.rstd) if norm_of else (None, None)),
+            *(du, sums, parts),
+        )
+        return du, sums, convolutions.added(parts, weight.shape) if want_dweight else None
+
+    key = convolutions.depthwise_key("cuda_depthwise_backward", u, stage, *wants, *convolutions.asked(g, residual))
+    return tuning.best(key, tiles, u.y.device, plan, run)

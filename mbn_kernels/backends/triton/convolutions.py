@@ -49,12 +49,12 @@ def _given(after: dict) -> tuple[bool, bool]:
     return after["var"] is not None, after["residual"] is not None
 
 
-def _asked(g: Gradient, residual: Tensor | None) -> tuple[bool, bool, bool]:
+def asked(g: Gradient, residual: Tensor | None) -> tuple[bool, bool, bool]:
     """What a gradient reads, likewise."""
     return g.of.act != "identity", g.b is not None, residual is not None
 
 
-def _added(parts: Tensor, shape: Sequence[int]) -> Tensor:
+def added(parts: Tensor, shape: Sequence[int]) -> Tensor:
     """The weight's gradient from its parts."""
     return (parts[0] if len(parts) == 1 else norm.sum_parts(parts)).view(shape)
 
@@ -104,19 +104,19 @@ def pointwise_backward(
     outer, dtype = weight.shape[0], u.y.dtype
     by_image = u.gate is not None or g.of.gate is not None
     together = want_du and want_dweight and config.holds(outer, dtype)
-    key = (*u.y.shape, outer, dtype, rounding, by_image, *_asked(g, residual))
+    key = (*u.y.shape, outer, dtype, rounding, by_image, *asked(g, residual))
     du = sums = parts = None
     if want_du:
         wants = want_sums, together
         du, sums, parts = _input_gradient(key, g, weight, u, norm_of, residual, *wants, by_image, rounding)
     if want_dweight and not together:
         parts, _ = _weight_gradient(key, g, weight, u, by_image, rounding)
-    return du, sums, _added(parts, weight.shape) if want_dweight else None
+    return du, sums, added(parts, weight.shape) if want_dweight else None
 
 
 def linear_backward(g: Gradient, weight: Tensor, u: Value, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
     """(du, dweight, dbias) of a layer of squeeze-excite: a row an image, so that one group of tiles has them all."""
-    key = (*u.y.shape, weight.shape[0], u.y.dtype, rounding, False, *_asked(g, None))
+    key = (*u.y.shape, weight.shape[0], u.y.dtype, rounding, False, *asked(g, None))
     du, _, _ = _input_gradient(key, g, weight, u, None, None, False, False, False, rounding)
     dweight, dbias = _weight_gradient(key, g, weight, u, False, rounding, bias=True)
     return du, dweight[0], dbias[0]
@@ -260,9 +260,9 @@ def depthwise_backward(
         launch(depthwise.depthwise_backward, plan, u.y.device, arguments)
         return du, sums, parts
 
-    key = depthwise_key("depthwise_backward", u, stage, by_image, want_du, want_sums, want_dweight, *_asked(g, residual))
+    key = depthwise_key("depthwise_backward", u, stage, by_image, want_du, want_sums, want_dweight, *asked(g, residual))
     du, sums, parts = tuning.best(key, tiles, u.y.device, plan, run)
-    return du, sums, _added(parts, weight.shape) if want_dweight else None
+    return du, sums, added(parts, weight.shape) if want_dweight else None
 
 
 def _backward_steps(stage: Stage, height: int) -> tuple[int, int]:
