@@ -45,6 +45,8 @@ KERNEL_SCHEMAS = {
     "cuda_depthwise_forward": f"{_VALUE}, Tensor weight, {_SQUARE}, Tensor(b!)? counts, Tensor(c!)? moments, "
     f"{_NORM}, int act, Tensor? residual, Tensor(d!)? pooled, int[6] share, Tensor(a!) y",
     "cuda_depthwise_backward": f"{_GRADIENT}, {_VALUE}, {_SQUARE}, int[6] share, {_BACKWARD}",
+    "cuda_inverted_residual": f"Tensor x, Tensor[] params, int[] stages, float[] eps, {_SQUARE}, bool residual, "
+    "int[2] tile, Tensor(a!)? pooled, Tensor(b!) out",
 }
 
 library = torch.library.Library("mbn", "DEF")
@@ -53,6 +55,7 @@ for _name, _arguments in KERNEL_SCHEMAS.items():
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
 library.define("evaluate_size(Tensor[] params, int[] stages) -> int")
 library.define("cpu_instruction_set() -> str")
+library.define("cuda_inverted_residual_shared(int[3] channels, int kernel, int stride, int[2] tile) -> int")
 library.define("cpu_buffer(int n, int c, int h, int w, ScalarType dtype) -> Tensor")
 library.define("cpu_empty_cache() -> ()")
 library.define("cpu_cached_bytes() -> int")

@@ -1,7 +1,7 @@
 // Every kernel for one storage type: MBN_STORAGE, which the including file defines.
 #include "depthwise_backward.cuh"
 #include "depthwise_forward.cuh"
-#include "kernels.h"
+#include "inverted_residual.cuh"
 #include "launch.cuh"
 
 namespace mbn {
@@ -17,6 +17,12 @@ static void with_window(int kernel, int stride, const F& f) {
   if (kernel == 3) return at_stride(Number<3>{});
   if (kernel == 5) return at_stride(Number<5>{});
   return at_stride(Number<7>{});
+}
+
+template <class F>
+static void with_block(int kernel, int stride, const F& f) {
+  const auto at_stride = [&](auto k) { stride == 1 ? f(k, Number<1>{}) : f(k, Number<2>{}); };
+  kernel == 3 ? at_stride(Number<3>{}) : at_stride(Number<5>{});
 }
 
 // A block for each slice of channels of each group of units.
@@ -45,5 +51,17 @@ void run_depthwise_backward<MBN_STORAGE>(const DepthwiseBackward& p, int kernel,
            depthwise_launch(p.map, p.share, kVector<MBN_STORAGE>, shared, stream));
   });
 }
+
+#if !defined(MBN_NO_BLOCKS)
+template <>
+void run_inverted_residual<MBN_STORAGE>(const InvertedResidual& p, int kernel, int stride, void* stream) {
+  with_block(kernel, stride, [&](auto k, auto s) {
+    constexpr int K = decltype(k)::value, STRIDE = decltype(s)::value;
+    const size_t shared = size_t(BlockMemory(p, K, STRIDE).end);
+    const int blocks = p.map.images * p.tiles_down * p.tiles_across;
+    launch("inverted_residual", &inverted_residual<MBN_STORAGE, K, STRIDE>, p, {blocks, kBlockThreads, shared, stream});
+  });
+}
+#endif
 
 }  // namespace mbn

@@ -15,9 +15,18 @@ constexpr int kMostThreads = 256;  // of a block
 constexpr int forward_columns(int kernel) { return kernel > 5 ? 4 : 7; }
 constexpr int backward_columns(int kernel, int stride) { return kernel > 5 || stride > 1 ? 4 : 7; }
 
+// A whole block: expanded channels at a time; products of 16 output channels that a warp sums up; the most output pixels and channels of a tile.
+constexpr int kChunk = 32, kProducts = 5;
+constexpr int kMostPixels = 128;
+constexpr int most_out_channels(int pixels) { return (pixels > 64 ? 1 : 2) * kProducts * 16; }
+constexpr bool has_block(int64_t kernel, int64_t stride) { return has_window(kernel, stride) && kernel < 7; }
+
 template <class S>
 void run_depthwise_forward(const DepthwiseForward& p, int kernel, int stride, void* stream);
 template <class S>
 void run_depthwise_backward(const DepthwiseBackward& p, int kernel, int stride, void* stream);
+// 16-bit storage only.
+template <class S>
+void run_inverted_residual(const InvertedResidual& p, int kernel, int stride, void* stream);
 
 }  // namespace mbn

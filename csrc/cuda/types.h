@@ -106,6 +106,27 @@ struct DepthwiseBackward {
   float* dweight;  // may be null: [count, C, k, k]
 };
 
+// A convolution, its batch norm by running statistics and its activation.
+struct Layer {
+  const void* weight;
+  RunningNorm norm;
+  int act;
+};
+
+// Expand, depthwise and project of a whole block, in evaluation. Without expand.weight the expanded tensor is x itself; without project.weight the
+// output is what the depthwise stage makes, [N, E, OH, OW], and with `pooled` its sums * factor over each tile: [N, tiles, E].
+struct InvertedResidual {
+  Map map;  // of the depthwise convolution: map.channels is E
+  int in_channels, out_channels;
+  const void* x;
+  Layer expand, depthwise, project;
+  bool residual;  // adds x
+  int tile_height, tile_width, tiles_down, tiles_across;  // of output pixels
+  void* out;
+  float* pooled;
+  float factor;
+};
+
 // Where and how large.
 struct Launch {
   int blocks, threads;
