@@ -1,7 +1,6 @@
 """Schemas of the kernel operators ``torch.ops.mbn.*`` that compiled backends implement.
 
-Python defines, C++ only implements: ``csrc/cpu`` registers the CPU kernels against these schemas, a CUDA library can
-register its own. Every operator writes into tensors that its caller allocated, so a fake kernel has nothing to do.
+Python defines, C++ only implements: ``csrc/cpu`` and ``csrc/cuda`` register their kernels against these schemas. Every operator writes into tensors that its caller allocated, so a fake kernel has nothing to do.
 
 Activations ``[N, C, H, W]`` are dense channels-last in the storage dtype; per-channel vectors ``[C]``, gates ``[N,
 C]`` and sums are in the accumulation dtype (float64 for float64, else float32). A *value* is ``act(scale*y + shift) *
@@ -42,19 +41,24 @@ KERNEL_SCHEMAS = {
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
     "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",
     "reduce_gradient": f"Tensor dv, {_VALUE}, Tensor? mean, Tensor? rstd, Tensor(a!) sums",
+}
+
+#: Those of the CUDA library, likewise; their statistics and sums are in parts, which Triton's kernels add up.
+CUDA_SCHEMAS = {
     "cuda_depthwise_forward": f"{_VALUE}, Tensor weight, {_SQUARE}, Tensor(b!)? counts, Tensor(c!)? moments, "
     f"{_NORM}, int act, Tensor? residual, Tensor(d!)? pooled, int[6] share, Tensor(a!) y",
     "cuda_depthwise_backward": f"{_GRADIENT}, {_VALUE}, {_SQUARE}, int[6] share, {_BACKWARD}",
-    "cuda_inverted_residual": f"Tensor x, Tensor[] params, int[] stages, float[] eps, {_SQUARE}, bool residual, "
+    "cuda_inverted_residual": f"Tensor x, Tensor[] params, int[] stages, float[] eps, {_SQUARE}, Tensor? residual, "
     "int[2] tile, Tensor(a!)? pooled, Tensor(b!) out",
 }
 
 library = torch.library.Library("mbn", "DEF")
-for _name, _arguments in KERNEL_SCHEMAS.items():
+for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
     library.define(f"{_name}({_arguments}) -> ()")
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
 library.define("evaluate_size(Tensor[] params, int[] stages) -> int")
 library.define("cpu_instruction_set() -> str")
+library.define("cuda_missing() -> str")
 library.define("cuda_inverted_residual_shared(int[3] channels, int kernel, int stride, int[2] tile) -> int")
 library.define("cpu_buffer(int n, int c, int h, int w, ScalarType dtype) -> Tensor")
 library.define("cpu_empty_cache() -> ()")

@@ -50,16 +50,24 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of test_triton_compiled.py: what the compiled Triton kernels take, at most, of each GPU."""
+    """The tables of test_triton_compiled.py and test_cuda_compiled.py: what the compiled kernels take of each GPU."""
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
-    rows = [v for report in reports for name, v in getattr(report, "user_properties", ()) if name == "triton"]
-    if not rows:
-        return
-    terminalreporter.section("Triton kernels: variants, registers, bytes spilled, bytes of shared memory, at most")
+    recorded = [each for report in reports for each in getattr(report, "user_properties", ())]
+    rows = [v for name, v in recorded if name == "triton"]
+    if rows:
+        terminalreporter.section("Triton kernels: variants, registers, bytes spilled, bytes of shared memory, at most")
     for key in sorted({tuple(row[:3]) for row in rows}):
         numbers = [row[3:] for row in rows if tuple(row[:3]) == key]
         most = "".join(f"{max(column):>8}" for column in zip(*numbers, strict=True))
         terminalreporter.write_line(f"{key[0]:<20} sm_{key[1]:<4} {key[2]:<9}{len(numbers):>5}{most}")
+    rows = sorted(tuple(v) for name, v in recorded if name == "cuda")
+    if rows:
+        terminalreporter.section("CUDA kernels: registers, bytes spilled, bytes of static shared memory, MOV, FFMA")
+    kernels = sorted({row[0] for row in rows})
+    width = max(map(len, kernels), default=0)
+    for kernel in kernels:
+        each = (f"{row[1]:>6}:" + "".join(f"{n:>5}" for n in row[2:]) for row in rows if row[0] == kernel)
+        terminalreporter.write_line(f"{kernel:<{width}}{''.join(each)}")
 
 
 @pytest.fixture(autouse=True)

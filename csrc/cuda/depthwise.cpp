@@ -108,3 +108,6 @@ STABLE_TORCH_LIBRARY_IMPL(mbn, MBN_DISPATCH_KEY, m) {
   m.impl("cuda_depthwise_forward", TORCH_BOX(&mbn::depthwise_forward));
   m.impl("cuda_depthwise_backward", TORCH_BOX(&mbn::depthwise_backward));
 }
+
+// It takes no tensor whose device could choose a kernel.
+STABLE_TORCH_LIBRARY_IMPL(mbn, CompositeExplicitAutograd, m) { m.impl("cuda_missing", TORCH_BOX(&mbn::missing)); }

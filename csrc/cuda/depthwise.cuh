@@ -76,13 +76,38 @@ struct RowCopy {
   // `row` is the tensor's row, of `width` pixels.
   MBN_DEVICE_MEMBER void operator()(char* to, const S* row, int channels, int first, int columns, int width) const {
     if (!some) return;
+    const S* from = row + (int64_t(first + column) * channels + channel);
+    to += column * bytes + vector * 16;
     for (int i = column; i < columns; i += step) {
-      const int at = first + i;
-      const bool inside = at >= 0 && at < width;
-      copy_async(to + i * bytes + vector * 16, row + (inside ? int64_t(at) * channels + channel : 0), inside);
+      const bool inside = unsigned(first + i) < unsigned(width);
+      copy_async(to, inside ? from : row, inside);
+      from += int64_t(step) * channels;
+      to += step * bytes;
     }
   }
 };
+
+// A thread's neighbouring pixels, `channels` numbers apart, from `first` on of a row of `width`.
+template <class S, int N>
+MBN_DEVICE void add_pixels(Pair (&v)[N], const S* from, int channels, int first, int width) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (unsigned(first + i) < unsigned(width)) {
+      const Pair r = load_pair(from, 0);
+      v[i] = {v[i].a + r.a, v[i].b + r.b};
+    }
+    from += channels;
+  }
+}
+// Leaves in v what is stored, as rounded.
+template <class S, int N>
+MBN_DEVICE void store_pixels(S* to, Pair (&v)[N], int channels, int first, int width) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (unsigned(first + i) < unsigned(width)) v[i] = store_pair(to, 0, v[i]);
+    to += channels;
+  }
+}
 
 // Sums over the column groups of a block: each thread gives N pairs, those of the first group get the sums. `scratch` holds N pairs a thread.
 template <int N, class S>

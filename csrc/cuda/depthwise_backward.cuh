@@ -181,7 +181,7 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
     }
     for (UnitSteps<K, STRIDE> steps(p.map, unit); steps.step < steps.end; steps.next()) {
       const int m = steps.step;
-      wait_copies<Window::kStages - 2>();
+      MBN_WAIT_COPIES(Window::kStages - 2);
       MBN_BARRIER();
       fetch();
       const char* const raw = stages + stage * memory.stage;
@@ -194,7 +194,7 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
           for (int i = place.column_group; i < tile; i += p.share.groups) {
             const int o = tile_column - (R - 1) + i, at = 2 * (i * pairs + place.pair);
             const Pair dy = gradient.template of<decltype(tag)::act>(load_pair(dv, at), load_pair(y, at));
-            to[i * pairs] = o >= 0 && o < p.map.out_width ? dy : Pair{};
+            to[i * pairs] = unsigned(o) < unsigned(p.map.out_width) ? dy : Pair{};
           }
         });
       }
@@ -215,14 +215,14 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
           activate_all(v, p.u.act);
 #pragma unroll
           for (int e = 0; e < E; ++e) {
-            const bool inside = column + e >= 0 && column + e < p.map.width;
+            const bool inside = unsigned(column + e) < unsigned(p.map.width);
             v[e] = {inside ? v[e].a * u_gate.a : 0, inside ? v[e].b * u_gate.b : 0};
           }
         }
 #pragma unroll
         for (int d = 0; d < R; ++d) {
           const int i = s + STRIDE * d;
-          if (i >= K || m - d < 0 || m - d >= p.map.out_height) continue;
+          if (i >= K || unsigned(m - d) >= unsigned(p.map.out_height)) continue;
           const Pair* dy_row = ring + ((m - d) % R * tile + place.column_group * C) * pairs + place.pair;
           Pair dy[Window::kReach];
 #pragma unroll
@@ -239,22 +239,14 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
           }
         }
         if (p.du == nullptr) continue;
-        const int64_t start = ((int64_t(unit.image) * p.map.height + h) * p.map.width + column) * channels + channel;
-#pragma unroll
-        for (int e = 0; e < E; ++e) {
-          if (column + e < 0 || column + e >= p.map.width) continue;
-          const int64_t to = start + int64_t(e) * channels;
-          if (p.residual != nullptr) {
-            const Pair r = load_pair(static_cast<const S*>(p.residual), to);
-            du[e] = {du[e].a + r.a, du[e].b + r.b};
-          }
-          du[e] = store_pair(static_cast<S*>(p.du), to, du[e]);
-        }
+        const int64_t to = ((int64_t(unit.image) * p.map.height + h) * p.map.width + column) * channels + channel;
+        if (p.residual != nullptr) add_pixels(du, static_cast<const S*>(p.residual) + to, channels, column, p.map.width);
+        store_pixels(static_cast<S*>(p.du) + to, du, channels, column, p.map.width);
         if (p.sums == nullptr) continue;
         with_act(static_cast<Act>(p.u.act), [&](auto tag) {
 #pragma unroll
           for (int e = 0; e < E; ++e) {
-            if (column + e < 0 || column + e >= p.map.width) continue;
+            if (unsigned(column + e) >= unsigned(p.map.width)) continue;
             const Pair raw_x = x_at(e), normal = {(raw_x.a - mean.a) * rstd.a, (raw_x.b - mean.b) * rstd.b};
             sums.template add<decltype(tag)::act>(du[e], multiply_add(raw_x, u_scale, u_shift), normal, gated);
           }

@@ -22,35 +22,40 @@ MBN_BOTH size_t depthwise_forward_shared(const Share& share) {
   return (rows > merge ? rows : merge) + size_t(active) * sizeof(Pair);
 }
 
-// Count, mean and sum of squared deviations of a thread's two channels, taken of what differs from its first number.
+// Count, mean and sum of squared deviations of a thread's two channels. Means are of what differs from the first number: a float has not the digits
+// for the variance of numbers far from zero.
 struct Moments {
-  Pair pivot, sum, squares;  // of the unit in progress
-  Pair mean, m2;             // of those before
-  float count, done;
+  Pair pivot, mean, m2;
+  float count;
 
-  MBN_DEVICE_MEMBER Moments() : pivot{}, sum{}, squares{}, mean{}, m2{}, count(0), done(0) {}
+  MBN_DEVICE_MEMBER Moments() : pivot{}, mean{}, m2{}, count(0) {}
 
-  MBN_DEVICE_MEMBER void add(Pair v) {
-    if (count + done == 0) pivot = v;
-    const Pair d = {v.a - pivot.a, v.b - pivot.b};
-    sum = {sum.a + d.a, sum.b + d.b};
-    squares = multiply_add(d, d, squares);
-    count += 1;
+  // The first `some` of N numbers, two passes over them.
+  template <int N>
+  MBN_DEVICE_MEMBER void add(const Pair (&v)[N], int some) {
+    if (some <= 0) return;
+    if (count == 0) pivot = v[0];
+    const float n = float(some < N ? some : N);
+    Pair sum = {}, squares = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < some) sum = {sum.a + (v[i].a - pivot.a), sum.b + (v[i].b - pivot.b)};
+    }
+    const Pair m = {sum.a / n, sum.b / n};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Pair d = {v[i].a - pivot.a - m.a, v[i].b - pivot.b - m.b};
+      if (i < some) squares = multiply_add(d, d, squares);
+    }
+    merge(n, m, squares);
   }
   // Chan, Golub, LeVeque 1983.
   MBN_DEVICE_MEMBER void merge(float n, Pair other_mean, Pair other_m2) {
-    const float total = done + n, part = n / total;
+    const float total = count + n, part = n / total;
     const Pair d = {other_mean.a - mean.a, other_mean.b - mean.b};
-    m2 = {m2.a + other_m2.a + d.a * d.a * (done * part), m2.b + other_m2.b + d.b * d.b * (done * part)};
+    m2 = {m2.a + other_m2.a + d.a * d.a * (count * part), m2.b + other_m2.b + d.b * d.b * (count * part)};
     mean = {mean.a + d.a * part, mean.b + d.b * part};
-    done = total;
-  }
-  MBN_DEVICE_MEMBER void end_unit() {
-    if (count == 0) return;
-    const Pair m = {sum.a / count, sum.b / count};
-    merge(count, m, {squares.a - sum.a * m.a, squares.b - sum.b * m.b});
-    sum = squares = {};
-    count = 0;
+    count = total;
   }
 };
 
@@ -59,7 +64,7 @@ MBN_DEVICE void store_moments(Moments& m, const DepthwiseForward& p, const Place
   MBN_BARRIER();  // the rows in this memory are used up
   const int n = place.active, t = thread_index();
   if (t < n) {
-    const float own[7] = {m.done, m.pivot.a, m.pivot.b, m.mean.a, m.mean.b, m.m2.a, m.m2.b};
+    const float own[7] = {m.count, m.pivot.a, m.pivot.b, m.mean.a, m.mean.b, m.m2.a, m.m2.b};
 #pragma unroll
     for (int i = 0; i < 7; ++i) scratch[i * n + t] = own[i];
   }
@@ -68,7 +73,7 @@ MBN_DEVICE void store_moments(Moments& m, const DepthwiseForward& p, const Place
   for (int other = t + place.pairs; other < n; other += place.pairs) {
     if (scratch[other] == 0) continue;
     const Pair pivot = {scratch[n + other], scratch[2 * n + other]};
-    if (m.done == 0) m.pivot = pivot;
+    if (m.count == 0) m.pivot = pivot;
     const Pair mean = {pivot.a - m.pivot.a + scratch[3 * n + other], pivot.b - m.pivot.b + scratch[4 * n + other]};
     m.merge(scratch[other], mean, {scratch[5 * n + other], scratch[6 * n + other]});
   }
@@ -76,7 +81,7 @@ MBN_DEVICE void store_moments(Moments& m, const DepthwiseForward& p, const Place
   store_pair(to, 0, m.pivot);
   store_pair(to, p.map.channels, m.mean);
   store_pair(to, 2 * p.map.channels, m.m2);
-  if (place.channel == 0) p.counts[place.group] = m.done;
+  if (place.channel == 0) p.counts[place.group] = m.count;
 }
 
 // Batch norm by running statistics as a factor and a summand.
@@ -125,18 +130,19 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
   Moments moments;
 
   // Rows are fetched some units ahead of their use.
-  int fetched = 0, fetch_stage = 0, fetch_image = 0, fetch_column = 0;
+  int fetched = 0, fetch_stage = 0, fetch_column = 0;
+  const S* fetch_row = nullptr;
   UnitRows<K, STRIDE> ahead;
   const auto fetch = [&] {
     while (ahead.row >= ahead.end && fetched < place.units) {
       const Unit unit(p.share, place.first_image, place.part, fetched++, p.map.out_height);
       ahead = UnitRows<K, STRIDE>(p.map, unit);
-      fetch_image = unit.image;
+      fetch_row = static_cast<const S*>(p.u.y) + (int64_t(unit.image) * p.map.height + ahead.row) * p.map.width * channels;
       fetch_column = unit.tile * p.share.groups * C * STRIDE - p.map.left;
     }
     if (ahead.row < ahead.end) {
-      const S* row = static_cast<const S*>(p.u.y) + (int64_t(fetch_image) * p.map.height + ahead.row) * p.map.width * channels;
-      copy(stages + fetch_stage * stage_bytes, row, channels, fetch_column, columns, p.map.width);
+      copy(stages + fetch_stage * stage_bytes, fetch_row, channels, fetch_column, columns, p.map.width);
+      fetch_row += int64_t(p.map.width) * channels;
       ++ahead.row;
     }
     commit_copies();  // of nothing, too, so that one group is one row
@@ -149,73 +155,89 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
     const Unit unit(p.share, place.first_image, place.part, t, p.map.out_height);
     const UnitRows<K, STRIDE> rows(p.map, unit);
     const int column = (unit.tile * p.share.groups + place.column_group) * C;  // the thread's first output
-    const int from = column * STRIDE - p.map.left;                            // and its first input
+    const int from = column * STRIDE - p.map.left, some = p.map.out_width - column;
     if (works && p.u.gate != nullptr) u_gate = vector_pair(p.u.gate, int64_t(unit.image) * channels + channel, 1);
-    Pair ring[R][C] = {};
-    const int begin = unit.first - (R - 1);
-    for (int q = begin; unit.live && q < unit.end; ++q) {
+
+    // The next row's value, as the window sees it: 0 where there is no pixel.
+    const auto take_row = [&](Pair (&v)[Window::kReach]) {
+      MBN_WAIT_COPIES(kStages - 2);
+      MBN_BARRIER();
+      fetch();
+      const S* tile = reinterpret_cast<const S*>(stages + stage * stage_bytes);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      if (!works) return;
+      const int at = place.column_group * C * STRIDE * place.pairs + place.pair;
+#pragma unroll
+      for (int j = 0; j < Window::kReach; ++j) v[j] = load_pair(tile, 2 * (at + j * place.pairs));
+      if (plain) return;
+#pragma unroll
+      for (int j = 0; j < Window::kReach; ++j) v[j] = multiply_add(v[j], u_scale, u_shift);
+      activate_all(v, p.u.act);
+#pragma unroll
+      for (int j = 0; j < Window::kReach; ++j) {
+        const bool inside = unsigned(from + j) < unsigned(p.map.width);
+        v[j] = {inside ? v[j].a * u_gate.a : 0, inside ? v[j].b * u_gate.b : 0};
+      }
+    };
+    // Output row q is done.
+    const auto emit = [&](Pair (&out)[C], int q) {
+      if (!works || some <= 0) return;
+      if (evaluation) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) out[c] = multiply_add(out[c], scale, shift);
+        activate_all(out, p.act);
+      }
+      const int64_t to = ((int64_t(unit.image) * p.map.out_height + q) * p.map.out_width + column) * channels + channel;
+      if (p.residual != nullptr) add_pixels(out, static_cast<const S*>(p.residual) + to, channels, column, p.map.out_width);
+      store_pixels(static_cast<S*>(p.y) + to, out, channels, column, p.map.out_width);
+      if (training) return moments.add(out, some);
+      if (p.pooled == nullptr) return;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        if (c < some) squeezed = {squeezed.a + out[c].a, squeezed.b + out[c].b};
+      }
+    };
+
+    // Row q is made of what ring[0] has of it and of the rows that step q brings: window rows K - STRIDE and on of it. What they mean to rows q + 1 and
+    // on is added on the way to the ring's next place. Steps without a row are left out before the first row, and only empty the ring after the last.
+    Pair ring[R - 1][C] = {};
+    const int first_with = rows.row + p.map.top - (K - 1), begin = unit.first - (R - 1);
+    int q = first_with > begin * STRIDE ? divide_up(first_with + K * STRIDE, STRIDE) - K : begin;
+    if (q > unit.first) q = unit.first;
+    const int after = divide_up(rows.end + p.map.top - (K - STRIDE), STRIDE);  // the first step without a row
+    for (; unit.live && q < after && q < unit.end; ++q) {
+      Pair out[C];
 #pragma unroll
       for (int s = 0; s < STRIDE; ++s) {
-        const int i = K - STRIDE + s, row = q * STRIDE - p.map.top + i;  // window row i of output row q
-        if (row < rows.row || row >= rows.end) continue;
-        wait_copies<kStages - 2>();
-        MBN_BARRIER();
-        fetch();
-        if (works) {
-          const S* tile = reinterpret_cast<const S*>(stages + stage * stage_bytes);
-          const int at = (place.column_group * C * STRIDE) * place.pairs + place.pair;
-          Pair v[Window::kReach];
+        const int i = K - STRIDE + s, row = q * STRIDE - p.map.top + i;
+        Pair v[Window::kReach] = {};
+        if (row >= rows.row && row < rows.end) take_row(v);
 #pragma unroll
-          for (int j = 0; j < Window::kReach; ++j) v[j] = load_pair(tile, 2 * int64_t(at + j * place.pairs));
-          if (!plain) {
+        for (int a = 0; a < R; ++a) {
+          Pair(&total)[C] = a == 0 ? out : ring[a == 0 ? 0 : a - 1];
+          const int tap = i - a * STRIDE;
 #pragma unroll
-            for (int j = 0; j < Window::kReach; ++j) v[j] = multiply_add(v[j], u_scale, u_shift);
-            activate_all(v, p.u.act);
-#pragma unroll
-            for (int j = 0; j < Window::kReach; ++j) {
-              const bool inside = from + j >= 0 && from + j < p.map.width;  // padding is 0 after the activation
-              v[j] = {inside ? v[j].a * u_gate.a : 0, inside ? v[j].b * u_gate.b : 0};
-            }
+          for (int c = 0; c < C; ++c) {
+            if (s == 0) total[c] = a + 1 < R ? ring[a + 1 < R ? a : 0][c] : Pair{};
           }
+          if (tap < 0 || tap >= K) continue;
 #pragma unroll
-          for (int a = 0; a < R; ++a) {
-            const int tap = i - a * STRIDE;
-            if (tap < 0 || tap >= K) continue;
+          for (int j = 0; j < K; ++j) {
 #pragma unroll
-            for (int j = 0; j < K; ++j) {
-#pragma unroll
-              for (int c = 0; c < C; ++c) ring[a][c] = multiply_add(w[tap * K + j], v[c * STRIDE + j], ring[a][c]);
-            }
+            for (int c = 0; c < C; ++c) total[c] = multiply_add(w[tap * K + j], v[c * STRIDE + j], total[c]);
           }
         }
-        stage = stage + 1 == kStages ? 0 : stage + 1;
       }
-      if (works && q >= unit.first) {
-        Pair out[C];
+      if (q >= unit.first) emit(out, q);
+    }
+    for (; unit.live && q < unit.end; ++q) {
+      if (q >= unit.first) emit(ring[0], q);
 #pragma unroll
-        for (int c = 0; c < C; ++c) out[c] = evaluation ? multiply_add(ring[0][c], scale, shift) : ring[0][c];
-        activate_all(out, p.act);
-        const int64_t start = ((int64_t(unit.image) * p.map.out_height + q) * p.map.out_width + column) * channels + channel;
+      for (int a = 0; a < R - 1; ++a) {
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
-          if (column + c >= p.map.out_width) continue;
-          const int64_t to = start + int64_t(c) * channels;
-          if (p.residual != nullptr) {
-            const Pair r = load_pair(static_cast<const S*>(p.residual), to);
-            out[c] = {out[c].a + r.a, out[c].b + r.b};
-          }
-          const Pair stored = store_pair(static_cast<S*>(p.y), to, out[c]);
-          if (training) moments.add(stored);
-          squeezed = {squeezed.a + stored.a, squeezed.b + stored.b};
-        }
-      }
-#pragma unroll
-      for (int a = 0; a < R; ++a) {
-#pragma unroll
-        for (int c = 0; c < C; ++c) ring[a][c] = a + 1 < R ? ring[a + 1][c] : Pair{};
+        for (int c = 0; c < C; ++c) ring[a][c] = a + 2 < R ? ring[a + 2 < R ? a + 1 : 0][c] : Pair{};
       }
     }
-    if (training) moments.end_unit();
     if (p.pooled != nullptr && (t + 1) % p.share.run == 0) {
       squeezed = {squeezed.a * p.factor, squeezed.b * p.factor};
       add_groups<1>(&squeezed, scratch, place, p.share.groups);
@@ -225,10 +247,7 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
       squeezed = {};
     }
   }
-  if (training) {
-    wait_copies<0>();
-    store_moments(moments, p, place, reinterpret_cast<float*>(stages));
-  }
+  if (training) store_moments(moments, p, place, reinterpret_cast<float*>(stages));
 }
 
 }  // namespace mbn

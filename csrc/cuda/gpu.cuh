@@ -19,7 +19,10 @@
 #define MBN_DEVICE static __device__ __forceinline__
 #define MBN_DEVICE_MEMBER __device__ __forceinline__
 #define MBN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// A barrier for a block, and a wait for the copies that this thread has started, but for the last `pending` groups of them; other threads see
+// them after the next barrier. Macros, so that a test can leave out the one at a given line.
 #define MBN_BARRIER() __syncthreads()
+#define MBN_WAIT_COPIES(pending) ::mbn::wait_copies<pending>()
 
 namespace mbn {
 
@@ -41,7 +44,6 @@ MBN_DEVICE void copy_async(void* to, const void* from, bool wanted) {
                : "memory");
 }
 MBN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for this thread's groups but for the last `Pending`; other threads see them after the next barrier.
 template <int Pending>
 MBN_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
@@ -144,7 +146,7 @@ MBN_DEVICE Pair vector_pair(const float* p, int64_t at, float otherwise) {
   return p == nullptr ? Pair{otherwise, otherwise} : Pair{p[at], p[at + 1]};  // a parameter may begin anywhere
 }
 
-MBN_DEVICE Pair multiply_add(Pair a, Pair b, Pair c) { return {a.a * b.a + c.a, a.b * b.b + c.b}; }
+MBN_DEVICE Pair multiply_add(Pair a, Pair b, Pair c) { return {fmaf(a.a, b.a, c.a), fmaf(a.b, b.b, c.b)}; }
 
 template <int N>
 MBN_DEVICE void activate_all(Pair (&v)[N], int act) {

@@ -51,7 +51,7 @@ struct Layers {
 };
 
 void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages, std::vector<double> eps, int64_t stride,
-                       std::vector<int64_t> corner, bool residual, std::vector<int64_t> tile, const OptionalTensor& pooled, const Tensor& out) {
+                       std::vector<int64_t> corner, const OptionalTensor& residual, std::vector<int64_t> tile, const OptionalTensor& pooled, const Tensor& out) {
   const Arguments a("cuda_inverted_residual", x);
   MBN_CHECK(a.dtype() != ScalarType::Float, a.op(), ": x: expected Half or BFloat16, got Float");
   const Shape in = shape_of(a.op(), "x", x), made = shape_of(a.op(), "out", out);
@@ -71,7 +71,6 @@ void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<
   p.expand = layers.expand;
   p.depthwise = layers.depthwise;
   p.project = layers.project;
-  p.residual = residual;
   p.tile_height = a.count("tile", tile[0], 1);
   p.tile_width = a.count("tile", tile[1], 1);
   const int64_t pixels = int64_t(p.tile_height) * p.tile_width;
@@ -84,8 +83,8 @@ void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<
   a.count("tiles", in.images * tiles);
   const Shape expected = {in.images, layers.out_channels, made.height, made.width};
   p.out = a.activations_out("out", out, expected);
-  MBN_CHECK(!residual || (p.project.weight != nullptr && made.height == in.height && made.width == in.width && layers.out_channels == in.channels),
-            a.op(), ": residual: expected a block that keeps the size of x, got one that does not");
+  MBN_CHECK(!residual || p.project.weight != nullptr, a.op(), ": residual: expected a project stage with it, got none");
+  p.residual = a.activations("residual", residual, expected);
   MBN_CHECK(!pooled || p.project.weight == nullptr, a.op(), ": pooled: expected no project stage with it, got one");
   p.pooled = a.numbers_out("pooled", pooled, in.images * tiles * layers.channels);
   p.factor = float(1.0 / (double(made.height) * double(made.width)));

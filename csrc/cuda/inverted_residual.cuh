@@ -24,13 +24,10 @@ struct BlockOfThreads {
   const int thread, lane, warp;
   int image, row, column;  // of the tile's first output pixel
   int chunk;
-  // The project convolution's 16-pixel rows, 4 or 8, are shared among the warps, and where there are 4, the output channels are, too.
-  const int rows_of_products, products_row;
   float sums[kProducts][2][4];
 
   MBN_DEVICE_MEMBER explicit BlockOfThreads(const InvertedResidual& params)
-      : p(params), memory(params, K, STRIDE), shared(shared_memory()), thread(thread_index()), lane(thread % kWarp), warp(thread / kWarp), chunk(0),
-        rows_of_products(memory.out_pixels > 64 ? 8 : 4), products_row(warp % rows_of_products * 16), sums{} {
+      : p(params), memory(params, K, STRIDE), shared(shared_memory()), thread(thread_index()), lane(thread % kWarp), warp(thread / kWarp), chunk(0), sums{} {
     const int tiles = p.tiles_down * p.tiles_across, tile = block_index() % tiles;
     image = block_index() / tiles;
     row = tile / p.tiles_across * p.tile_height;
@@ -208,7 +205,10 @@ struct BlockOfThreads {
     store_pair(p.pooled, int64_t(block_index()) * p.map.channels + channel, {squeezed.a * p.factor, squeezed.b * p.factor});
   }
 
-  MBN_DEVICE_MEMBER int first_output(int n) const { return (n * (kBlockWarps / rows_of_products) + warp / rows_of_products) * 16; }
+  // The project convolution's 16-pixel rows, 4 or 8, are shared among the warps, and where there are 4, the output channels are, too.
+  MBN_DEVICE_MEMBER int rows_of_products() const { return memory.out_pixels > 64 ? 8 : 4; }
+  MBN_DEVICE_MEMBER int products_row() const { return warp % rows_of_products() * 16; }
+  MBN_DEVICE_MEMBER int first_output(int n) const { return (n * (kBlockWarps / rows_of_products()) + warp / rows_of_products()) * 16; }
 
   MBN_DEVICE_MEMBER void project_chunk() {
     const S* const from = at<S>(memory.convolved);
@@ -216,7 +216,7 @@ struct BlockOfThreads {
 #pragma unroll
     for (int k = 0; k < kChunk; k += 16) {
       uint32_t a[4], b[4];
-      load_rows(a, from, kStride, products_row, k);
+      load_rows(a, from, kStride, products_row(), k);
 #pragma unroll
       for (int n = 0; n < kProducts; ++n) {
         if (first_output(n) >= p.out_channels) continue;
@@ -241,11 +241,11 @@ struct BlockOfThreads {
         activate_all(v, p.project.act);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int pixel = products_row + lane / 4 + 8 * half, h = row + pixel / p.tile_width, w = column + pixel % p.tile_width;
+          const int pixel = products_row() + lane / 4 + 8 * half, h = row + pixel / p.tile_width, w = column + pixel % p.tile_width;
           if (pixel >= memory.out_pixels || h >= p.map.out_height || w >= p.map.out_width) continue;
           const int64_t to = ((int64_t(image) * p.map.out_height + h) * p.map.out_width + w) * p.out_channels + channel;
-          if (p.residual) {
-            const Pair x = load_pair(static_cast<const S*>(p.x), to);
+          if (p.residual != nullptr) {
+            const Pair x = load_pair(static_cast<const S*>(p.residual), to);
             v[half] = {v[half].a + x.a, v[half].b + x.b};
           }
           store_pair(static_cast<S*>(p.out), to, v[half]);
@@ -261,7 +261,7 @@ struct BlockOfThreads {
     load_numbers(0);
     const int chunks = divide_up(p.map.channels, kChunk);
     for (; chunk < chunks; ++chunk) {
-      wait_copies<0>();
+      MBN_WAIT_COPIES(0);
       MBN_BARRIER();
       load_chunk(chunk + 1);
       commit_copies();

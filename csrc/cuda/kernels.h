@@ -1,6 +1,8 @@
 // The kernels' entry points, a set for each storage type (kernels_*.cu), for the bindings.
 #pragma once
 
+#include <string>
+
 #include "types.h"
 
 namespace mbn {
@@ -28,5 +30,8 @@ void run_depthwise_backward(const DepthwiseBackward& p, int kernel, int stride, 
 // 16-bit storage only.
 template <class S>
 void run_inverted_residual(const InvertedResidual& p, int kernel, int stride, void* stream);
+
+// Why the library's kernels cannot run on the current GPU, or nothing.
+std::string missing();
 
 }  // namespace mbn

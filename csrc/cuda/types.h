@@ -120,7 +120,7 @@ struct InvertedResidual {
   int in_channels, out_channels;
   const void* x;
   Layer expand, depthwise, project;
-  bool residual;  // adds x
+  const void* residual;  // added to what is projected
   int tile_height, tile_width, tiles_down, tiles_across;  // of output pixels
   void* out;
   float* pooled;

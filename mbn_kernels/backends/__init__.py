@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..chain import Kernels
-from . import cpu, triton
+from . import cpu, cuda, triton
 from .reference import ReferenceKernels
 
 
@@ -37,7 +37,10 @@ _LOADERS: dict[str, Callable[[], Backend]] = {
     "cpu": lambda: Backend(cpu.CpuKernels(), cpu.load(), _cpu_supports),
     # Looking for a GPU starts its driver, which a process that forks later must not have done: not before it is needed.
     "triton": lambda: Backend(*triton.load(), triton.supports),
+    "cuda": lambda: Backend(*cuda.load(), cuda.supports),
 }
+#: For tensors on a GPU, the first that can.
+_ON_GPU = ("cuda", "triton")
 
 
 @lru_cache
@@ -99,10 +102,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
         return _chosen
     if device.type == "cpu":
         return "cpu"
-    found = _backend("triton")
-    reason = found.missing or found.supports(device, dtype)
-    if not reason:
-        return "triton"
+    for name in _ON_GPU:
+        found = _backend(name)
+        reason = found.missing or found.supports(device, dtype)
+        if not reason:
+            return name
     _warn_reference(device.type, dtype, reason)
     return "reference"
 

@@ -23,6 +23,7 @@
 #define MBN_DEVICE_MEMBER inline
 #define MBN_KERNEL(threads, blocks) static void
 #define MBN_BARRIER() ::mbn::host::barrier(__FILE__, __LINE__)
+#define MBN_WAIT_COPIES(pending) ::mbn::wait_copies_at<pending>(__FILE__, __LINE__)
 
 namespace mbn {
 
@@ -63,7 +64,7 @@ inline char* shared;
 inline bool descending, skipped;
 inline std::string skipped_file;
 inline int skipped_line = 0;
-inline long barriers = 0;
+inline long launches = 0;
 
 inline void wait_as(State state) {
   Fiber& own = fibers[thread];
@@ -79,7 +80,6 @@ inline bool skips(const char* file, int line) {
 }
 
 inline void barrier(const char* file, int line) {
-  ++barriers;
   if (!skips(file, line)) wait_as(State::at_barrier);
 }
 inline void warp_barrier() { wait_as(State::at_warp); }
@@ -91,21 +91,23 @@ inline void enter() {
   swapcontext(&fibers[thread].context, &scheduler);
 }
 
-// Lets those go on whose fellows all have arrived; returns whether there were any.
-inline bool release(int threads) {
-  bool any = false;
-  for (int w = 0; w < threads; w += kWarp) {
-    bool all = true;
-    for (int t = w; t < w + kWarp && t < threads; ++t) all = all && fibers[t].state == State::at_warp;
-    for (int t = w; all && t < w + kWarp && t < threads; ++t) fibers[t].state = State::runs;
-    any = any || all;
+// Whether all of a warp, or of a block, have come as far as that; then they may go on.
+inline bool release(int first, int end, State from) {
+  for (int t = first; t < end; ++t) {
+    if (fibers[t].state != from) return false;
   }
-  if (any) return true;
-  for (int t = 0; t < threads; ++t) {
-    if (fibers[t].state != State::at_barrier) return false;
-  }
-  for (int t = 0; t < threads; ++t) fibers[t].state = State::runs;
+  for (int t = first; t < end; ++t) fibers[t].state = State::runs;
   return true;
+}
+
+// A warp as far as it comes without the others: so that what they have not done yet is missing if it should have waited.
+inline void run_warp(int first, int end) {
+  do {
+    for (int i = first; i < end; ++i) {
+      thread = descending ? first + end - 1 - i : i;
+      if (fibers[thread].state == State::runs) swapcontext(&scheduler, &fibers[thread].context);
+    }
+  } while (release(first, end, State::at_warp));
 }
 
 inline void run_block(int index, int threads) {
@@ -121,17 +123,18 @@ inline void run_block(int index, int threads) {
     f.state = State::runs;
   }
   do {
-    for (int i = 0; i < threads; ++i) {
-      thread = descending ? threads - 1 - i : i;
-      if (fibers[thread].state == State::runs) swapcontext(&scheduler, &fibers[thread].context);
+    for (int w = 0; w < threads; w += kWarp) {
+      const int first = descending ? threads - kWarp - w : w;
+      run_warp(first, first + kWarp);
     }
-  } while (release(threads));
+  } while (release(0, threads, State::at_barrier));
   for (int t = 0; t < threads; ++t) {
     if (fibers[t].state != State::ended) throw std::runtime_error("a barrier was not reached by all threads of block " + std::to_string(index));
   }
 }
 
 inline void run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  ++launches;
   if (threads % kWarp != 0) throw std::runtime_error("a block has whole warps: got " + std::to_string(threads) + " threads");
   while (int(fibers.size()) < threads) {
     fibers.emplace_back();
@@ -164,7 +167,8 @@ MBN_DEVICE void copy_async(void* to, const void* from, bool wanted) {
 }
 MBN_DEVICE void commit_copies() { host::fibers[host::thread].groups.emplace_back(); }
 template <int Pending>
-MBN_DEVICE void wait_copies() {
+MBN_DEVICE void wait_copies_at(const char* file, int line) {
+  if (host::skips(file, line)) return;
   auto& groups = host::fibers[host::thread].groups;
   while (int(groups.size()) - 1 > Pending) {
     for (const host::Copy& copy : groups.front()) copy.run();

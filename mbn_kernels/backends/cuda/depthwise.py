@@ -20,6 +20,9 @@ from . import config
 from .config import TRITON
 
 
+_GRADIENT = ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")
+
+
 class Plan(NamedTuple):
     """Which blocks take what; None where Triton's kernel runs."""
 
@@ -114,7 +117,10 @@ def depthwise_backward(
         parts = vectors(u.y, plan.groups.count, *weight.shape) if want_dweight else None
         of = gradient_arguments(g)
         torch.ops.mbn.cuda_depthwise_backward.default(
-            *(of[name] for name in ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")),
+            *(
+                of[name]
+                for name in ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")
+            ),
             *(u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code),
             *(stride, list(corner), plan.share, weight, residual),
             *((norm_of.mean, norm_of.rstd) if norm_of else (None, None)),

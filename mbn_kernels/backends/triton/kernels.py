@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -37,6 +37,8 @@ class TritonKernels:
     """
 
     evaluate_checks = False
+    convolve_depthwise = staticmethod(convolutions.depthwise_forward)
+    differentiate_depthwise = staticmethod(convolutions.depthwise_backward)
     pool = staticmethod(elementwise.pool)
     materialize = staticmethod(elementwise.materialize)
     materialize_gradient = staticmethod(elementwise.materialize_gradient)
@@ -54,15 +56,37 @@ class TritonKernels:
         x, flat = x.contiguous(memory_format=torch.channels_last), [p.contiguous() for p in flat]
         params = iter(stage_parameters([stage for chain in chains for stage in chain.stages], flat))
         for chain, residual in zip(chains, residuals, strict=True):
-            x = _evaluate(x, chain, params, x if residual else None)
+            x = self.evaluate_chain(x, chain, [next(params) for _ in chain.stages], x if residual else None)
         return x
+
+    def evaluate_chain(self, x: Tensor, chain: Chain, params: list[dict], residual: Tensor | None) -> Tensor:
+        u = self.evaluate_stages(Value(x), chain.stages, params, residual)
+        return u.y if u.gate is None else self.materialize(u, residual)
+
+    def evaluate_stages(
+        self, u: Value, stages: Sequence[Stage], params: Sequence[dict], residual: Tensor | None
+    ) -> Value:
+        """Stages in which nothing is deferred but a gate: each convolution stores what its stage is, the last one plus
+        the residual, unless it has a gate.
+        """
+        for i, (stage, p) in enumerate(zip(stages, params, strict=True)):
+            last = i == len(stages) - 1
+            after = epilogue(stage, p, residual if last and not stage.gate else None)
+            if stage.conv == "pointwise":
+                y, _ = convolutions.pointwise_forward(u, p["weight"], False, after, precision(u.y.dtype))
+                pooled = elementwise.pool(Value(y)) if stage.gate else None
+            else:
+                y, _, parts = self.convolve_depthwise(u, p["weight"], stage, False, after, stage.gate is not None)
+                pooled = elementwise.mean_of_parts(parts) if stage.gate else None
+            u = gated(y, stage, p, pooled)
+        return u
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
         return convolutions.pointwise_forward(u, weight, statistics, RAW, precision(weight.dtype))
 
     def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool):
         if _fits(stage):
-            return convolutions.depthwise_forward(u, weight, stage, statistics, RAW, False)[:2]
+            return self.convolve_depthwise(u, weight, stage, statistics, RAW, False)[:2]
         y, found = _reference.depthwise_forward(u, weight, stage, statistics)
         return y, norm.one_part(y, *found) if statistics else None
 
@@ -73,7 +97,7 @@ class TritonKernels:
     def depthwise_backward(self, g, weight, stage, u, norm, residual, want_du, want_sums, want_dweight):
         if _fits(stage):
             wants = (want_du, want_sums, want_dweight)
-            return convolutions.depthwise_backward(g, weight, stage, u, norm, residual, *wants)
+            return self.differentiate_depthwise(g, weight, stage, u, norm, residual, *wants)
         wants = (want_du, False, want_dweight)
         du, _, dweight = _reference.depthwise_backward(g, weight, stage, u, norm, residual, *wants)
         return du, elementwise.reduce_gradient(du, u, norm) if want_sums else None, dweight
@@ -111,19 +135,8 @@ def _gate_layers(pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str], ac
     return found
 
 
-def _evaluate(x: Tensor, chain: Chain, params: Iterator[dict], residual: Tensor | None) -> Tensor:
-    """A chain in which nothing is deferred but a gate: each convolution stores what its stage is."""
-    u = Value(x)
-    for i, stage in enumerate(chain.stages):
-        p, last = next(params), i == len(chain.stages) - 1
-        after = epilogue(stage, p, residual if last and not stage.gate else None)
-        if stage.conv == "pointwise":
-            y, _ = convolutions.pointwise_forward(u, p["weight"], False, after, precision(x.dtype))
-            pooled = elementwise.pool(Value(y)) if stage.gate else None
-        else:
-            y, _, parts = convolutions.depthwise_forward(u, p["weight"], stage, False, after, stage.gate is not None)
-            pooled = elementwise.mean_of_parts(parts) if stage.gate else None
-        u = Value(y)
-        if stage.gate:
-            u = Value(y, gate=_gate_layers(pooled, p, stage.gate, activated=True)[1].y.flatten(1))
-    return u.y if u.gate is None else elementwise.materialize(u, residual)
+def gated(y: Tensor, stage: Stage, p: dict[str, Tensor], pooled: Tensor | None) -> Value:
+    """A stage's output, with the gate that its mean over each image makes."""
+    if not stage.gate:
+        return Value(y)
+    return Value(y, gate=_gate_layers(pooled, p, stage.gate, activated=True)[1].y.flatten(1))

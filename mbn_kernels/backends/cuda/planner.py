@@ -1,0 +1,197 @@
+"""Which stages of a chain one kernel takes in evaluation, and in which tile: by what each way moves and computes.
+
+A *way* runs a chain's stages one by one but for one run of them, which is fused: expand, depthwise and project; or
+depthwise and project; or expand and depthwise, where squeeze-excite follows. The estimate of a way is the sum over its
+kernels of a start and the longer of two times: that to move its bytes, and, of a fused kernel, that to issue its
+instructions. It orders the ways; where shapes are tuned (:mod:`mbn_kernels.backends.triton.tuning`), the first few are
+measured and the fastest is taken.
+
+The rates are those of an H100's data sheet with guesses of what kernels reach of them: not measured yet. ``python -m
+benchmarks.gpu`` prints each estimate beside what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from ...chain import Stage
+from ..triton.config import Config
+from ..triton.launch import cdiv, multiprocessors
+
+#: Every stage by a kernel of its own.
+LAYERS = Config({})
+#: csrc/cuda/kernels.h and inverted_residual_memory.h: expanded channels at a time, threads, neighbouring pixels.
+_CHUNK, _THREADS, _RUN = 32, 256, 4
+_MOST_PIXELS = 128
+#: Instructions for each number that a stage makes: normalise, activate, round, store.
+_ELEMENT = 7
+#: How many ways are worth measuring.
+_MEASURED = 6
+_HEIGHTS, _WIDTHS = (4, 7, 8, 14, 16), (4, 7, 8, 12, 14, 16, 28)
+
+
+class Rates(NamedTuple):
+    """Of a GPU: seconds a start, bytes a second from memory and from its second-level cache, that cache's bytes, and
+    instructions of a warp a second that one multiprocessor issues.
+    """
+
+    start: float = 2e-6
+    memory: float = 2.8e12
+    cache: float = 5.5e12
+    cache_bytes: float = 30e6
+    issue: float = 4 * 1.7e9 * 0.6
+
+
+class Way(NamedTuple):
+    """Stages ``first`` to ``first + count`` fused, in tiles of so many output pixels; none where count is 0."""
+
+    first: int = 0
+    count: int = 0
+    height: int = 0
+    width: int = 0
+
+    def config(self) -> Config:
+        return Config(self._asdict()) if self.count else LAYERS
+
+    @staticmethod
+    def of(config: Config) -> Way:
+        return Way(**config.blocks)
+
+
+def most_out_channels(pixels: int) -> int:
+    """``most_out_channels`` of ``csrc/cuda/kernels.h``."""
+    return 160 if pixels <= 64 else 80
+
+
+def _is_fused(stages: Sequence[Stage]) -> bool:
+    """Whether the whole-block kernel takes these stages: their kinds, windows and norms."""
+    kinds = tuple(stage.conv for stage in stages)
+    if kinds not in (("pointwise", "depthwise", "pointwise"), ("depthwise", "pointwise"), ("pointwise", "depthwise")):
+        return False
+    depthwise = stages[kinds.index("depthwise")]
+    (k, _), (s, _) = depthwise.kernel, depthwise.stride
+    square = depthwise.kernel == (k, k) and depthwise.stride == (s, s) and depthwise.dilation == (1, 1)
+    gates = [i for i, stage in enumerate(stages) if stage.gate]
+    inner_gate = gates and (gates != [len(stages) - 1] or kinds[-1] != "depthwise")
+    return square and k in (3, 5) and s in (1, 2) and not inner_gate
+
+
+class Sizes(NamedTuple):
+    """The map that goes into each stage and out of the last: (channels, height, width)."""
+
+    images: int
+    maps: tuple[tuple[int, int, int], ...]
+    itemsize: int
+
+    def bytes(self, i: int) -> int:
+        c, h, w = self.maps[i]
+        return self.images * c * h * w * self.itemsize
+
+
+def sizes_of(shape: Sequence[int], stages: Sequence[Stage], outer: Sequence[int], itemsize: int) -> Sizes:
+    """``outer``: each stage's output channels."""
+    maps = [tuple(shape)]
+    for stage, channels in zip(stages, outer, strict=True):
+        maps.append(stage.output_shape(maps[-1], (channels,)))
+    return Sizes(shape[0], tuple(m[1:] for m in maps), itemsize)
+
+
+def _moved(sizes: Sizes, first: int, last: int, more: float, rates: Rates) -> float:
+    """Seconds to read map ``first`` and to write map ``last``, and to read ``more`` bytes that stay in the cache."""
+    moved = sizes.bytes(first) + sizes.bytes(last)
+    return moved / (rates.cache if moved < rates.cache_bytes else rates.memory) + more / rates.cache
+
+
+def _weights(sizes: Sizes, first: int, last: int, taps: int) -> int:
+    """Bytes of the weights of stages ``first`` to ``last``."""
+    channels = [m[0] for m in sizes.maps[first : last + 1]]
+    products = sum(a * b for a, b in pairwise(channels) if a != b)
+    return sizes.itemsize * (products + taps * max(channels))
+
+
+def fused_seconds(way: Way, stages: Sequence[Stage], sizes: Sizes, device: torch.device, rates: Rates) -> float:
+    """The whole-block kernel's time, without its start."""
+    taken = stages[way.first : way.first + way.count]
+    depthwise = next(i for i, stage in enumerate(taken) if stage.conv == "depthwise")
+    k, s = taken[depthwise].kernel[0], taken[depthwise].stride[0]
+    channels, (_, height, width) = sizes.maps[way.first + depthwise][0], sizes.maps[way.first + depthwise + 1]
+    blocks = sizes.images * cdiv(height, way.height) * cdiv(width, way.width)
+    in_height, in_width = (way.height - 1) * s + k, (way.width - 1) * s + k
+    instructions = 0.0  # of all warps of a block, for a chunk
+    if depthwise:
+        products = cdiv(sizes.maps[way.first][0], 16) * (1 + 3 * _CHUNK // 16)
+        instructions += cdiv(in_height * in_width, 16) * (products + _ELEMENT * 16 * _CHUNK / 32)
+    runs = cdiv(way.height * cdiv(way.width, _RUN), 16) * _THREADS / 32  # of all warps
+    window = k * ((_RUN - 1) * s + k) * 3 + k * k * (1 + 2 * _RUN)
+    instructions += runs * (window + _RUN * 2 * _ELEMENT)
+    if depthwise + 1 < way.count:
+        instructions += cdiv(way.height * way.width, 64) * 4 * cdiv(sizes.maps[way.first + way.count][0], 16) * 2 * 3
+    instructions *= cdiv(channels, _CHUNK)
+    waves = cdiv(blocks, multiprocessors(device))
+    computed = waves * instructions / rates.issue
+    # A tile's halo comes from the cache, and so do the weights, for every block.
+    halo = (in_height * in_width / (way.height * way.width * s * s) - 1) * sizes.bytes(way.first)
+    weights = blocks * _weights(sizes, way.first, way.first + way.count, k * k)
+    return max(computed, _moved(sizes, way.first, way.first + way.count, halo + weights, rates))
+
+
+def seconds(way: Way, stages: Sequence[Stage], sizes: Sizes, device: torch.device, rates: Rates | None = None) -> float:
+    """The estimate of a chain's time."""
+    rates = rates or Rates()
+    alone = [i for i in range(len(stages)) if not way.first <= i < way.first + way.count]
+    total = sum(rates.start + _moved(sizes, i, i + 1, 0, rates) for i in alone)
+    return total + (rates.start + fused_seconds(way, stages, sizes, device, rates) if way.count else 0)
+
+
+def _shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have: on an A100 or H100 half a multiprocessor's, as two should fit."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return min(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, 113 * 1024)
+
+
+def ways(stages: tuple[Stage, ...], sizes: Sizes, residual: bool, device: torch.device) -> list[Way]:
+    """The ways to run a chain that are worth measuring, the quickest by estimate first; one by one is among them."""
+    found = [Way()]
+    for first in range(len(stages)):
+        for count in (2, 3):
+            taken = stages[first : first + count]
+            if len(taken) == count and _is_fused(taken) and not (first and stages[first - 1].gate):
+                adds = residual and first + count == len(stages) and not taken[-1].gate
+                if taken[-1].conv == "pointwise" or not adds:  # only a project stage adds a residual
+                    found += _fused_ways(taken, first, sizes, device)
+    ordered = sorted(found, key=lambda way: seconds(way, stages, sizes, device))
+    return [way for i, way in enumerate(ordered) if i < _MEASURED or not way.count]
+
+
+def _fused_ways(taken: Sequence[Stage], first: int, sizes: Sizes, device: torch.device) -> list[Way]:
+    """Those stages in every tile that fits."""
+    maps, depthwise = sizes.maps[first : first + len(taken) + 1], [stage.conv for stage in taken].index("depthwise")
+    if any(channels % 8 for channels, _, _ in maps):
+        return []
+    window = taken[depthwise].kernel[0], taken[depthwise].stride[0]
+    out_channels, height, width = maps[-1]
+    projected = out_channels if taken[-1].conv == "pointwise" else 0
+    channels = (maps[0][0] if depthwise else 0, maps[depthwise][0], projected)
+    return [
+        Way(first, len(taken), h, w)
+        for h, w in _tiles(height, width)
+        if projected <= most_out_channels(h * w) and _shared(channels, *window, h, w) <= _shared_limit(device)
+    ]
+
+
+def _tiles(height: int, width: int) -> list[tuple[int, int]]:
+    """Tiles of at most _MOST_PIXELS, no larger than the map but for what fills a run."""
+    heights = sorted({min(h, height) for h in _HEIGHTS})
+    widths = sorted({min(w, width) for w in _WIDTHS})
+    return [(h, w) for h in heights for w in widths if h * w <= _MOST_PIXELS]
+
+
+@lru_cache(maxsize=4096)
+def _shared(channels: tuple[int, ...], kernel: int, stride: int, height: int, width: int) -> int:
+    return torch.ops.mbn.cuda_inverted_residual_shared(list(channels), kernel, stride, [height, width])
