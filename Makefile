@@ -1,6 +1,8 @@
 # Everything runs in a virtual environment of its own; `make help` lists the commands.
 PYTHON ?= python3
 VENV ?= .venv
+# Another one, for `make test-cuda-build` only: a CUDA build of PyTorch takes 5 GB.
+VENV_CUDA ?= .venv-cuda
 # What `pip install` gets for PyTorch: any release from 2.11 on, CPU or CUDA build.
 TORCH ?= torch>=2.11
 # Two processes of one thread each finish sooner than one process of two: most tests are small.
@@ -9,23 +11,31 @@ TEST_ARGS ?= -n 2 --timeout 900
 BENCHMARK_ARGS ?=
 
 bin := $(VENV)/bin
-sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help test demo benchmark lint format clean
+.PHONY: help test test-cuda-build demo benchmark lint format clean
 .SECONDARY:
 
 help:
 	@echo "make test       build in $(VENV) and run the tests"
+	@echo "make test-cuda-build  build the CUDA kernels in $(VENV_CUDA) and look at the library; needs nvcc, no GPU"
 	@echo "make demo       train MobileNetV3-Small on handwritten digits, stock and fused, and draw demo.png"
 	@echo "make benchmark  time a quick subset of the shapes (BENCHMARK_ARGS=--benchmark-full for all, half an hour)"
 	@echo "make lint       check style (make format to fix it)"
-	@echo "make clean      remove $(VENV) and everything built"
+	@echo "make clean      remove $(VENV), $(VENV_CUDA) and everything built"
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' TEST_ARGS='$(TEST_ARGS)'"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) VENV_CUDA=$(VENV_CUDA) TORCH='$(TORCH)' TEST_ARGS='$(TEST_ARGS)'"
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(bin)/python -m pytest $(TEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(bin)/python -m pytest $(TEST_ARGS) tests/test_triton_interpreter.py
+
+# Not -e, which would put libraries for this torch into the checkout. build/ has a folder for each torch; what an
+# install copied there for the wheel is removed, as modules that are gone would be in the next one.
+test-cuda-build: $(VENV_CUDA)/.torch
+	rm -rf build/torch-*/lib.*
+	MBN_BUILD_CUDA=1 $(VENV_CUDA)/bin/python -m pip install --no-deps .
+	cd $(VENV_CUDA) && bin/python -W ignore $(CURDIR)/tests/check_cuda_build.py
 
 demo: $(VENV)/.installed-demo
 	$(bin)/python examples/demo.py --output demo.png
@@ -42,15 +52,15 @@ format: $(bin)/ruff
 	$(bin)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mbn_kernels/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info mbn_kernels/*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.created:
-	$(PYTHON) -m venv $(VENV)
+%/.created:
+	$(PYTHON) -m venv $*
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.created
-	$(bin)/python -m pip install '$(TORCH)'
+%/.torch: %/.created
+	$*/bin/python -m pip install '$(TORCH)'
 	@touch $@
 
 # One stamp per extra. A changed source installs again, which compiles that source alone (objects stay in build/).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -69,6 +70,144 @@ def test_setup_without_a_usable_torch_is_one_sentence(tmp_path, stub, beginning)
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(beginning)
     assert '"torch>=2.11"' in result.stderr
+
+
+# setup.py with a torch and a setuptools that build nothing: the last line says what would be built, and with what.
+SETUP = """
+import json, os, runpy, sys, types
+
+cuda, refusal, script = sys.argv[1:]
+
+def extension(**options):
+    return types.SimpleNamespace(**options)
+
+def check(compiler, version):
+    if refusal:
+        raise RuntimeError(refusal)
+
+class BuildExtension:
+    def _check_abi(self):
+        return "g++", "12.2.0"
+    def build_extensions(self):
+        built = {extension.name: extension.depends for extension in self.extensions}
+        print(json.dumps([built, cpp_extension.CUDA_HOME, os.environ.get("TORCH_CUDA_ARCH_LIST")]))
+
+def setup(ext_modules, cmdclass, **options):
+    build = cmdclass["build_ext"]()
+    build.extensions = ext_modules
+    build.build_extensions()
+
+def module(name, **contents):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(contents)
+    return sys.modules[name]
+
+cpp_extension = types.SimpleNamespace(
+    CUDA_HOME=os.environ.get("CUDA_HOME"), CppExtension=extension, CUDAExtension=extension,
+    BuildExtension=BuildExtension, _check_cuda_version=check,
+)
+module("setuptools", setup=setup)
+module("torch", __version__="2.14.0", version=types.SimpleNamespace(cuda=cuda or None))
+module("torch.utils", cpp_extension=cpp_extension)
+runpy.run_path(script)
+"""
+
+# What the real one answers.
+NVCC = """#!/bin/sh
+case $1 in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
+  --dryrun) printf '#$ _HERE_=%s\\n#$ TOP=%s/..\\n' "${{0%/*}}" "${{0%/*}}" >&2 ;;
+  --list-gpu-arch) printf 'compute_%s\\n' {gpus} ;;
+esac
+"""
+
+
+def write_script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def run_setup(folder: Path, cuda: str = "13.0", release: str = "13.0", refusal: str = "", **environment: str):
+    """With this CUDA version of torch, this release of nvcc behind a script on the PATH, and what torch says of it."""
+    write_script(folder / "bin" / "c++", "")
+    if release:
+        gpus = "75 80 86 90" + (" 100 120" if release == "13.0" else "")
+        write_script(folder / "toolkit" / "bin" / "nvcc", NVCC.format(release=release, gpus=gpus))
+        write_script(folder / "bin" / "nvcc", f'#!/bin/sh\nexec {folder}/toolkit/bin/nvcc "$@"\n')
+    command = [sys.executable, "-I", "-S", "-c", SETUP, cuda, refusal, str(ROOT / "setup.py")]
+    environment["PATH"] = str(folder / "bin")
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_setup_finds_the_toolkit_behind_a_script(tmp_path):
+    result = run_setup(tmp_path, MBN_BUILD_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    cpu, cuda, last = result.stdout.splitlines()
+    assert cpu.startswith("mbn_kernels: building the CPU kernels (")
+    assert re.fullmatch(
+        r"mbn_kernels: building the CUDA kernels \(\d+ sources\) for 8.0, 9.0, 10.0\+PTX with nvcc 13.0", cuda
+    )
+    built, home, gpus = json.loads(last)
+    assert list(built) == ["mbn_kernels._C", "mbn_kernels._CUDA"]
+    headers = {str(path.relative_to(ROOT)) for end in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{end}")}
+    assert all(headers <= set(depends) for depends in built.values())
+    assert home == os.path.realpath(tmp_path / "toolkit")
+    assert gpus == "8.0;9.0;10.0+PTX"
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [({}, "8.0;9.0+PTX"), ({"TORCH_CUDA_ARCH_LIST": "8.6"}, "8.6")],
+    ids=["what nvcc knows", "what the user chose"],
+)
+def test_setup_chooses_gpus(tmp_path, environment, gpus):
+    result = run_setup(tmp_path, cuda="12.6", release="12.4", **environment)
+    assert json.loads(result.stdout.splitlines()[-1])[2] == gpus
+
+
+WITHOUT_CUDA = {
+    "torch for the CPU": ({"cuda": ""}, "torch 2.14.0 was built without CUDA; they need a CUDA build of torch"),
+    "no nvcc": ({"release": ""}, "no nvcc was found; they need CUDA 13.0's, on the PATH or in CUDA_HOME/bin"),
+    "empty CUDA_HOME": (
+        {"CUDA_HOME": os.devnull},
+        "no nvcc was found; they need CUDA 13.0's, on the PATH or in CUDA_HOME/bin",
+    ),
+    "another version": (
+        {"release": "12.4"},
+        "nvcc is CUDA 12.4's and torch was built with CUDA 13.0; "
+        "they need one major version, on the PATH or in CUDA_HOME/bin",
+    ),
+    "torch refuses": ({"refusal": "c++ 99.0 is too new."}, "c++ 99.0 is too new"),
+}
+
+
+@pytest.mark.parametrize(("situation", "reason"), WITHOUT_CUDA.values(), ids=WITHOUT_CUDA)
+def test_setup_without_cuda_says_why(tmp_path, situation, reason):
+    result = run_setup(tmp_path, **situation)
+    assert result.returncode == 0, result.stderr
+    _, cuda, last = result.stdout.splitlines()
+    assert cuda == f"mbn_kernels: building without the CUDA kernels: {reason}"
+    assert list(json.loads(last)[0]) == ["mbn_kernels._C"]
+
+    result = run_setup(tmp_path, **situation, MBN_BUILD_CUDA="1")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"mbn_kernels: MBN_BUILD_CUDA=1 asks for the CUDA kernels, and they cannot be built: {reason} "
+        "(without MBN_BUILD_CUDA they are left out).\n"
+    )
+
+
+def test_setup_leaves_cuda_out_on_request(tmp_path):
+    result = run_setup(tmp_path, MBN_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    _, cuda, last = result.stdout.splitlines()
+    assert cuda == "mbn_kernels: building without the CUDA kernels: MBN_BUILD_CUDA=0"
+    assert list(json.loads(last)[0]) == ["mbn_kernels._C"]
+
+    result = run_setup(tmp_path, MBN_BUILD_CUDA="yes")
+    assert result.returncode == 1
+    assert result.stderr == "mbn_kernels: MBN_BUILD_CUDA: expected 0, 1 or nothing, got 'yes'\n"
 
 
 def run_doctor(*arguments: str) -> str:

@@ -337,11 +337,16 @@ def block(case: Case, way: Way) -> list[Tensor]:
 
 
 LARGE = Case("large", (3, 16, 11, 9), (dw(5, "relu"),))
+WIDE = Case(
+    "wide", (1, 64, 9, 9), (dw(5, "relu"),)
+)  # several warps a block; its last row lies where statistics are merged
 #: What together waits at every barrier: by file, some calls that do.
 CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "forward": lambda: forward(LARGE),
     "forward, evaluation": lambda: forward(LARGE, pool=True, training=False),
+    "forward, several warps": lambda: forward(WIDE),
     "backward": lambda: backward(LARGE),
+    "backward, several warps": lambda: backward(WIDE),
     "block": lambda: block(Case("b", (1, 16, 9, 9), (pw(72, "relu"), dw(3, "relu"), pw(24))), Way(0, 3, 4, 8)),
     "block without expand": lambda: block(WHOLE[0], Way(1, 2, 4, 8)),
     "block with squeeze-excite": lambda: block(GATED, Way(0, 2, 4, 4)),
