@@ -1,6 +1,7 @@
 """Schemas of the kernel operators ``torch.ops.mbn.*`` that compiled backends implement.
 
-Python defines, C++ only implements: ``csrc/cpu`` and ``csrc/cuda`` register their kernels against these schemas. Every operator writes into tensors that its caller allocated, so a fake kernel has nothing to do.
+Python defines, C++ only implements: ``csrc/cpu`` and ``csrc/cuda`` register their kernels against these schemas. Every
+operator writes into tensors that its caller allocated, so a fake kernel has nothing to do.
 
 Activations ``[N, C, H, W]`` are dense channels-last in the storage dtype; per-channel vectors ``[C]``, gates ``[N,
 C]`` and sums are in the accumulation dtype (float64 for float64, else float32). A *value* is ``act(scale*y + shift) *

@@ -54,7 +54,7 @@ void depthwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const O
   DepthwiseForward p;
   p.map = map_of(a, in, out, weight, stride, corner);
   const int kernel = int(weight.size(2));
-  p.share = share_of(a, p.map, share, p.map.out_height, p.map.out_width, forward_columns(kernel));
+  p.share = share_of(a, p.map, share, p.map.out_height, p.map.out_width, kForwardColumns);
   p.u = a.value("u_y", in, u_y, u_scale, u_shift, u_gate, u_act);
   p.weight = a.weight("weight", weight, in.channels * kernel * kernel);
   p.y = a.activations_out("y", y, out);

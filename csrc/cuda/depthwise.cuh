@@ -61,15 +61,15 @@ template <class S>
 struct RowCopy {
   int vector, column, step;  // this thread's vector of channels, its first column, and how far the next is
   int bytes;                 // of a pixel in shared memory
+  int channel;
   bool some;
-  int64_t channel;
 
   MBN_DEVICE_MEMBER RowCopy(const Place<S>& place, const Map& map, const Share& share) {
     vector = thread_index() % share.vectors;
     column = thread_index() / share.vectors;
     step = place.active / share.vectors;
     bytes = share.vectors * 16;
-    channel = int64_t(place.slice * share.vectors + vector) * kVector<S>;
+    channel = (place.slice * share.vectors + vector) * kVector<S>;
     some = thread_index() < place.active && channel < map.channels;
   }
 
@@ -119,6 +119,7 @@ MBN_DEVICE void add_groups(Pair* v, Pair* scratch, const Place<S>& place, int gr
   }
   MBN_BARRIER();
   if (thread_index() < place.pairs) {
+#pragma unroll 1
     for (int g = 1; g < groups; ++g) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {

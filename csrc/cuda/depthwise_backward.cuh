@@ -32,10 +32,13 @@ struct BackwardMemory {
     value_row = share.groups * Window::kColumns * STRIDE * bytes;
     stage = gradient_row * (p.g.of.y != nullptr ? 2 : 1) + (reads_value(p) ? STRIDE * value_row : 0);
     ring = size_t(Window::kStages) * stage;
-    weight = ring + size_t(Window::kRows) * Window::tile(share.groups) * pairs * sizeof(Pair);
+    weight = ring + size_t(Window::kRows) * ring_row(share.groups) * pairs * sizeof(Pair);
     scratch = weight + size_t(K) * K * pairs * sizeof(Pair);
     end = scratch + size_t(share.groups) * pairs * (K > 5 ? K : 5) * sizeof(Pair);
   }
+  // Columns of a row of the ring, which is [pairs][columns], as the window's weights are [pairs][K * K]: what a thread reads then lies side by side, and
+  // since both are odd, in other banks than what its neighbours read.
+  static MBN_BOTH constexpr int ring_row(int groups) { return Window::tile(groups) | 1; }
   static MBN_BOTH bool reads_value(const DepthwiseBackward& p) { return p.dweight != nullptr || p.sums != nullptr; }
 };
 
@@ -112,35 +115,36 @@ struct UnitSteps {
 };
 
 template <class S, int K, int STRIDE>
-MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
+MBN_KERNEL(kMostThreads, 2) depthwise_backward(const DepthwiseBackward p) {
   using Window = BackwardWindow<K, STRIDE>;
   constexpr int C = Window::kColumns, R = Window::kRows, E = STRIDE * C;
   const Place<S> place(p.map, p.share);
   const RowCopy<S> copy(place, p.map, p.share);
   const BackwardMemory<S, K, STRIDE> memory(p);
-  const int channels = p.map.channels, channel = place.channel, pairs = place.pairs, tile = Window::tile(p.share.groups);
+  const int channels = p.map.channels, channel = place.channel, pairs = place.pairs;
+  const int tile = Window::tile(p.share.groups), ring_row = memory.ring_row(p.share.groups);
   const int lowest_column = p.map.left / STRIDE;
   const bool works = channel < channels, reads_value = memory.reads_value(p), gated = p.u.gate != nullptr;
   char* const stages = shared_memory();
-  Pair* const ring = reinterpret_cast<Pair*>(stages + memory.ring);
+  Pair* const ring = reinterpret_cast<Pair*>(stages + memory.ring) + place.pair * ring_row;
   Pair* const scratch = reinterpret_cast<Pair*>(stages + memory.scratch);
 
-  Pair* const w = reinterpret_cast<Pair*>(stages + memory.weight) + place.pair;  // with dw there are not registers enough
+  Pair* const w = reinterpret_cast<Pair*>(stages + memory.weight) + place.pair * (K * K);  // with dw there are not registers enough
   Pair dw[K * K] = {}, u_scale = {1, 1}, u_shift = {}, u_gate = {1, 1}, rstd = {1, 1}, mean = {};
   OutputGradient<S> gradient(p.g, channel, works);
   Sums sums;
   if (works) {
     const S* weight = static_cast<const S*>(p.weight) + int64_t(channel) * (K * K);
-    for (int i = place.column_group; i < K * K; i += p.share.groups) w[i * pairs] = {to_float(weight[i]), to_float(weight[K * K + i])};
+    for (int i = place.column_group; i < K * K; i += p.share.groups) w[i] = {to_float(weight[i]), to_float(weight[K * K + i])};
     u_scale = vector_pair(p.u.scale, channel, 1);
     u_shift = vector_pair(p.u.shift, channel, 0);
     mean = vector_pair(p.mean, channel, 0);
     rstd = vector_pair(p.rstd, channel, 1);
   }
 
-  int fetched = 0, fetch_stage = 0, fetch_image = 0, fetch_column = 0;
+  int fetched = 0, fetch_image = 0, fetch_column = 0;
   UnitSteps<K, STRIDE> ahead;
-  const auto fetch = [&] {
+  const auto fetch = [&](int into) {
     while (ahead.step >= ahead.end && fetched < place.units) {
       const Unit unit(p.share, place.first_image, place.part, fetched++, divide_up(p.map.height + p.map.top, STRIDE) - p.map.top / STRIDE);
       ahead = UnitSteps<K, STRIDE>(p.map, unit);
@@ -148,7 +152,7 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
       fetch_column = lowest_column + unit.tile * p.share.groups * C;
     }
     if (ahead.step < ahead.end) {
-      char* to = stages + fetch_stage * memory.stage;
+      char* to = stages + into * memory.stage;
       if (ahead.gradient()) {
         const int64_t row = (int64_t(fetch_image) * p.map.out_height + ahead.step) * p.map.out_width * channels;
         const int first = fetch_column - (R - 1);
@@ -166,9 +170,8 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
       ahead.next();
     }
     commit_copies();  // of nothing, too, so that one group is one step
-    fetch_stage = fetch_stage + 1 == Window::kStages ? 0 : fetch_stage + 1;
   };
-  for (int i = 0; i < Window::kStages - 1; ++i) fetch();
+  for (int i = 0; i < Window::kStages - 1; ++i) fetch(i);
 
   int stage = 0;
   for (int t = 0; t < place.units; ++t) {
@@ -183,18 +186,18 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
       const int m = steps.step;
       MBN_WAIT_COPIES(Window::kStages - 2);
       MBN_BARRIER();
-      fetch();
+      fetch(stage == 0 ? Window::kStages - 1 : stage - 1);  // the step that was used last
       const char* const raw = stages + stage * memory.stage;
       stage = stage + 1 == Window::kStages ? 0 : stage + 1;
       if (works && steps.gradient()) {
         const S* dv = reinterpret_cast<const S*>(raw);
         const S* y = gradient.has_y ? reinterpret_cast<const S*>(raw + memory.gradient_row) : dv;
-        Pair* to = ring + m % R * tile * pairs + place.pair;
+        Pair* to = ring + m % R * pairs * ring_row;
         with_act(static_cast<Act>(p.g.of.act), [&](auto tag) {
           for (int i = place.column_group; i < tile; i += p.share.groups) {
             const int o = tile_column - (R - 1) + i, at = 2 * (i * pairs + place.pair);
             const Pair dy = gradient.template of<decltype(tag)::act>(load_pair(dv, at), load_pair(y, at));
-            to[i * pairs] = unsigned(o) < unsigned(p.map.out_width) ? dy : Pair{};
+            to[i] = unsigned(o) < unsigned(p.map.out_width) ? dy : Pair{};
           }
         });
       }
@@ -223,13 +226,13 @@ MBN_KERNEL(kMostThreads, 1) depthwise_backward(const DepthwiseBackward p) {
         for (int d = 0; d < R; ++d) {
           const int i = s + STRIDE * d;
           if (i >= K || unsigned(m - d) >= unsigned(p.map.out_height)) continue;
-          const Pair* dy_row = ring + ((m - d) % R * tile + place.column_group * C) * pairs + place.pair;
+          const Pair* dy_row = ring + (m - d) % R * pairs * ring_row + place.column_group * C;
           Pair dy[Window::kReach];
 #pragma unroll
-          for (int f = 0; f < Window::kReach; ++f) dy[f] = dy_row[f * pairs];
+          for (int f = 0; f < Window::kReach; ++f) dy[f] = dy_row[f];
 #pragma unroll
           for (int j = 0; j < K; ++j) {
-            const Pair weight = w[(i * K + j) * pairs];
+            const Pair weight = w[i * K + j];
 #pragma unroll
             for (int e = j % STRIDE; e < E; e += STRIDE) {
               const Pair met = dy[e / STRIDE - j / STRIDE + R - 1];

@@ -9,7 +9,7 @@ namespace mbn {
 // output rows that one input row reaches.
 template <int K, int STRIDE>
 struct ForwardWindow {
-  static constexpr int kColumns = forward_columns(K);
+  static constexpr int kColumns = kForwardColumns;
   static constexpr int kRows = (K - 1) / STRIDE + 1;
   static constexpr int kReach = (kColumns - 1) * STRIDE + K;  // input columns
   static MBN_BOTH constexpr int tile(int groups) { return (groups * kColumns - 1) * STRIDE + K; }
@@ -17,9 +17,9 @@ struct ForwardWindow {
 
 template <class S, int K, int STRIDE>
 MBN_BOTH size_t depthwise_forward_shared(const Share& share) {
-  const int active = share.vectors * (kVector<S> / 2) * share.groups;
+  const int pairs = share.vectors * (kVector<S> / 2), active = pairs * share.groups;
   const size_t rows = size_t(kStages) * ForwardWindow<K, STRIDE>::tile(share.groups) * share.vectors * 16, merge = size_t(active) * 7 * 4;
-  return (rows > merge ? rows : merge) + size_t(active) * sizeof(Pair);
+  return (rows > merge ? rows : merge) + (size_t(active) * 5 + size_t(pairs) * K * K) * sizeof(Pair);
 }
 
 // Count, mean and sum of squared deviations of a thread's two channels. Means are of what differs from the first number: a float has not the digits
@@ -84,14 +84,6 @@ MBN_DEVICE void store_moments(Moments& m, const DepthwiseForward& p, const Place
   if (place.channel == 0) p.counts[place.group] = m.count;
 }
 
-// Batch norm by running statistics as a factor and a summand.
-MBN_DEVICE void fold(const RunningNorm& norm, int channel, Pair& scale, Pair& shift) {
-  const Pair var = vector_pair(norm.var, channel, 1), mean = vector_pair(norm.mean, channel, 0);
-  const Pair weight = vector_pair(norm.weight, channel, 1), bias = vector_pair(norm.bias, channel, 0);
-  scale = {weight.a / sqrtf(var.a + norm.eps), weight.b / sqrtf(var.b + norm.eps)};
-  shift = {bias.a - mean.a * scale.a, bias.b - mean.b * scale.b};
-}
-
 // The input rows of a unit, in the order in which they are loaded and used.
 template <int K, int STRIDE>
 struct UnitRows {
@@ -106,7 +98,7 @@ struct UnitRows {
 };
 
 template <class S, int K, int STRIDE>
-MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
+MBN_KERNEL(kMostThreads, forward_blocks(K, STRIDE)) depthwise_forward(const DepthwiseForward p) {
   using Window = ForwardWindow<K, STRIDE>;
   constexpr int C = Window::kColumns, R = Window::kRows;
   const Place<S> place(p.map, p.share);
@@ -115,25 +107,33 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
   const bool works = channel < channels, training = p.moments != nullptr, evaluation = p.norm.var != nullptr;
   const int columns = Window::tile(p.share.groups), stage_bytes = columns * copy.bytes;
   char* const stages = shared_memory();
-  Pair* const scratch = reinterpret_cast<Pair*>(stages + depthwise_forward_shared<S, K, STRIDE>(p.share)) - place.active;
+  Pair* const weights = reinterpret_cast<Pair*>(stages + depthwise_forward_shared<S, K, STRIDE>(p.share)) - place.pairs * (K * K);
+  Pair* const scratch = weights - 5 * place.active;
+  const Pair* const w = weights + place.pair * (K * K);  // side by side; K * K is odd, so neighbours read other banks
+  // For want of registers: the thread's factor and summand, its sum for squeeze-excite, and the gate of what it reads.
+  Pair* const own = scratch + place.active + 4 * thread_index();
 
-  Pair w[K * K], u_scale = {1, 1}, u_shift = {}, u_gate = {1, 1}, scale = {1, 1}, shift = {}, squeezed = {};
+  Pair u_scale = {1, 1}, u_shift = {};
   const bool plain = p.u.scale == nullptr && p.u.gate == nullptr && p.u.act == int(Act::identity);
   if (works) {
     const S* weight = static_cast<const S*>(p.weight) + int64_t(channel) * (K * K);
-#pragma unroll
-    for (int i = 0; i < K * K; ++i) w[i] = {to_float(weight[i]), to_float(weight[K * K + i])};
+    for (int i = place.column_group; i < K * K; i += p.share.groups) {
+      weights[place.pair * (K * K) + i] = {to_float(weight[i]), to_float(weight[K * K + i])};
+    }
     u_scale = vector_pair(p.u.scale, channel, 1);
     u_shift = vector_pair(p.u.shift, channel, 0);
-    if (evaluation) fold(p.norm, channel, scale, shift);
+    if (evaluation) fold(p.norm, channel, own[0], own[1]);
+    own[2] = {};
+    own[3] = {1, 1};
   }
   Moments moments;
+  MBN_BARRIER();
 
   // Rows are fetched some units ahead of their use.
-  int fetched = 0, fetch_stage = 0, fetch_column = 0;
+  int fetched = 0, fetch_column = 0;
   const S* fetch_row = nullptr;
   UnitRows<K, STRIDE> ahead;
-  const auto fetch = [&] {
+  const auto fetch = [&](int into) {
     while (ahead.row >= ahead.end && fetched < place.units) {
       const Unit unit(p.share, place.first_image, place.part, fetched++, p.map.out_height);
       ahead = UnitRows<K, STRIDE>(p.map, unit);
@@ -141,14 +141,13 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
       fetch_column = unit.tile * p.share.groups * C * STRIDE - p.map.left;
     }
     if (ahead.row < ahead.end) {
-      copy(stages + fetch_stage * stage_bytes, fetch_row, channels, fetch_column, columns, p.map.width);
+      copy(stages + into * stage_bytes, fetch_row, channels, fetch_column, columns, p.map.width);
       fetch_row += int64_t(p.map.width) * channels;
       ++ahead.row;
     }
     commit_copies();  // of nothing, too, so that one group is one row
-    fetch_stage = fetch_stage + 1 == kStages ? 0 : fetch_stage + 1;
   };
-  for (int i = 0; i < kStages - 1; ++i) fetch();
+  for (int i = 0; i < kStages - 1; ++i) fetch(i);
 
   int stage = 0;
   for (int t = 0; t < place.units; ++t) {
@@ -156,13 +155,13 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
     const UnitRows<K, STRIDE> rows(p.map, unit);
     const int column = (unit.tile * p.share.groups + place.column_group) * C;  // the thread's first output
     const int from = column * STRIDE - p.map.left, some = p.map.out_width - column;
-    if (works && p.u.gate != nullptr) u_gate = vector_pair(p.u.gate, int64_t(unit.image) * channels + channel, 1);
+    if (works && p.u.gate != nullptr) own[3] = vector_pair(p.u.gate, int64_t(unit.image) * channels + channel, 1);
 
     // The next row's value, as the window sees it: 0 where there is no pixel.
     const auto take_row = [&](Pair (&v)[Window::kReach]) {
       MBN_WAIT_COPIES(kStages - 2);
       MBN_BARRIER();
-      fetch();
+      fetch(stage == 0 ? kStages - 1 : stage - 1);  // the row that was used last
       const S* tile = reinterpret_cast<const S*>(stages + stage * stage_bytes);
       stage = stage + 1 == kStages ? 0 : stage + 1;
       if (!works) return;
@@ -173,16 +172,18 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
 #pragma unroll
       for (int j = 0; j < Window::kReach; ++j) v[j] = multiply_add(v[j], u_scale, u_shift);
       activate_all(v, p.u.act);
+      const Pair gate = own[3];
 #pragma unroll
       for (int j = 0; j < Window::kReach; ++j) {
         const bool inside = unsigned(from + j) < unsigned(p.map.width);
-        v[j] = {inside ? v[j].a * u_gate.a : 0, inside ? v[j].b * u_gate.b : 0};
+        v[j] = {inside ? v[j].a * gate.a : 0, inside ? v[j].b * gate.b : 0};
       }
     };
     // Output row q is done.
     const auto emit = [&](Pair (&out)[C], int q) {
       if (!works || some <= 0) return;
       if (evaluation) {
+        const Pair scale = own[0], shift = own[1];
 #pragma unroll
         for (int c = 0; c < C; ++c) out[c] = multiply_add(out[c], scale, shift);
         activate_all(out, p.act);
@@ -192,10 +193,12 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
       store_pixels(static_cast<S*>(p.y) + to, out, channels, column, p.map.out_width);
       if (training) return moments.add(out, some);
       if (p.pooled == nullptr) return;
+      Pair sum = own[2];
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        if (c < some) squeezed = {squeezed.a + out[c].a, squeezed.b + out[c].b};
+        if (c < some) sum = {sum.a + out[c].a, sum.b + out[c].b};
       }
+      own[2] = sum;
     };
 
     // Row q is made of what ring[0] has of it and of the rows that step q brings: window rows K - STRIDE and on of it. What they mean to rows q + 1 and
@@ -239,12 +242,15 @@ MBN_KERNEL(kMostThreads, 1) depthwise_forward(const DepthwiseForward p) {
       }
     }
     if (p.pooled != nullptr && (t + 1) % p.share.run == 0) {
-      squeezed = {squeezed.a * p.factor, squeezed.b * p.factor};
-      add_groups<1>(&squeezed, scratch, place, p.share.groups);
-      if (works && thread_index() < place.pairs) {
-        store_pair(p.pooled, (int64_t(unit.image) * p.share.parts + place.part) * channels + channel, squeezed);
+      Pair sum = {};
+      if (works) {
+        sum = {own[2].a * p.factor, own[2].b * p.factor};
+        own[2] = {};
       }
-      squeezed = {};
+      add_groups<1>(&sum, scratch, place, p.share.groups);
+      if (works && thread_index() < place.pairs) {
+        store_pair(p.pooled, (int64_t(unit.image) * p.share.parts + place.part) * channels + channel, sum);
+      }
     }
   }
   if (training) store_moments(moments, p, place, reinterpret_cast<float*>(stages));

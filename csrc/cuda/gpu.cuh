@@ -91,6 +91,8 @@ __device__ __forceinline__ uint32_t pack<float16>(Pair v) {
   return out;
 }
 
+MBN_DEVICE float reciprocal_root(float v) { return rsqrtf(v); }
+
 MBN_DEVICE Pair unpack_float16(uint32_t word) {
   const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&word));
   return {v.x, v.y};
@@ -154,6 +156,14 @@ MBN_DEVICE void activate_all(Pair (&v)[N], int act) {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = {activate<decltype(tag)::act>(v[i].a), activate<decltype(tag)::act>(v[i].b)};
   });
+}
+
+// Batch norm by running statistics as a factor and a summand.
+MBN_DEVICE void fold(const RunningNorm& norm, int channel, Pair& scale, Pair& shift) {
+  const Pair var = vector_pair(norm.var, channel, 1), mean = vector_pair(norm.mean, channel, 0);
+  const Pair weight = vector_pair(norm.weight, channel, 1), bias = vector_pair(norm.bias, channel, 0);
+  scale = {weight.a * reciprocal_root(var.a + norm.eps), weight.b * reciprocal_root(var.b + norm.eps)};
+  shift = {bias.a - mean.a * scale.a, bias.b - mean.b * scale.b};
 }
 
 }  // namespace mbn

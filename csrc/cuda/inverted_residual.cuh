@@ -10,12 +10,6 @@
 
 namespace mbn {
 
-// Batch norm by running statistics as a factor and a summand, for one channel.
-MBN_DEVICE Pair fold_one(const RunningNorm& norm, int channel) {
-  const float scale = (norm.weight == nullptr ? 1 : norm.weight[channel]) / sqrtf(norm.var[channel] + norm.eps);
-  return {scale, (norm.bias == nullptr ? 0 : norm.bias[channel]) - norm.mean[channel] * scale};
-}
-
 template <class S, int K, int STRIDE>
 struct BlockOfThreads {
   const InvertedResidual& p;
@@ -90,12 +84,13 @@ struct BlockOfThreads {
   MBN_DEVICE_MEMBER void load_numbers(int c) const {
     const int first = c * kChunk, given = p.map.channels - first < kChunk ? p.map.channels - first : kChunk;
     float* const to = numbers_at(c);
-    const bool of_expand = thread < kChunk;
-    if (thread < 2 * kChunk && thread % kChunk < given && (expands() || !of_expand)) {
-      const Pair folded = fold_one(of_expand ? p.expand.norm : p.depthwise.norm, first + thread % kChunk);
-      float* const row_of = to + (of_expand ? 0 : 2 * kChunk) + thread % kChunk;
-      row_of[0] = folded.a;
-      row_of[kChunk] = folded.b;
+    const bool of_expand = thread < kPairs;
+    const int channel = 2 * (thread % kPairs);
+    if (thread < 2 * kPairs && channel < given && (expands() || !of_expand)) {
+      Pair scale, shift;
+      fold(of_expand ? p.expand.norm : p.depthwise.norm, first + channel, scale, shift);
+      store_pair(to + (of_expand ? 0 : 2 * kChunk), channel, scale);
+      store_pair(to + (of_expand ? kChunk : 3 * kChunk), channel, shift);
     }
     const S* const weight = static_cast<const S*>(p.depthwise.weight) + int64_t(first) * K * K;
     for (int i = thread; i < given * K * K; i += kBlockThreads) to[(4 + i % (K * K)) * kChunk + i / (K * K)] = to_float(weight[i]);
@@ -235,9 +230,9 @@ struct BlockOfThreads {
       for (int i = 0; i < 2; ++i) {
         const int channel = first_output(n) + 8 * i + lane % 4 * 2;
         if (channel >= p.out_channels) continue;
-        const Pair one = fold_one(p.project.norm, channel), other = fold_one(p.project.norm, channel + 1);
-        Pair v[2] = {{sums[n][i][0] * one.a + one.b, sums[n][i][1] * other.a + other.b},
-                     {sums[n][i][2] * one.a + one.b, sums[n][i][3] * other.a + other.b}};
+        Pair scale, shift;
+        fold(p.project.norm, channel, scale, shift);
+        Pair v[2] = {multiply_add({sums[n][i][0], sums[n][i][1]}, scale, shift), multiply_add({sums[n][i][2], sums[n][i][3]}, scale, shift)};
         activate_all(v, p.project.act);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

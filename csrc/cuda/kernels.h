@@ -10,11 +10,13 @@ namespace mbn {
 // Whether there is a kernel for windows of this size and stride.
 constexpr bool has_window(int64_t kernel, int64_t stride) { return (kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2); }
 
-constexpr int kMostThreads = 256;  // of a block
+constexpr int kMostThreads = 128;  // of a block of a depthwise kernel
+// How many blocks of so many threads a multiprocessor should have registers for: as many as leave enough of them.
+constexpr int forward_blocks(int kernel, int stride) { return kernel == 3 ? 5 - stride : 2; }
 
 // Neighbouring columns that a thread has, of the output forward and of the steps of STRIDE input columns backward. 7 divides every width of a
-// MobileNet at 224; with a 7x7 window fewer fit in registers.
-constexpr int forward_columns(int kernel) { return kernel > 5 ? 4 : 7; }
+// MobileNet at 224; where they do not fit in registers, 4.
+constexpr int kForwardColumns = 7;
 constexpr int backward_columns(int kernel, int stride) { return kernel > 5 || stride > 1 ? 4 : 7; }
 
 // A whole block: expanded channels at a time; products of 16 output channels that a warp sums up; the most output pixels and channels of a tile.

@@ -230,6 +230,7 @@ template <>
 inline uint32_t pack<float16>(Pair v) {
   return float16_bits(v.a) | float16_bits(v.b) << 16;
 }
+MBN_DEVICE float reciprocal_root(float v) { return 1 / std::sqrt(v); }
 MBN_DEVICE Pair unpack_float16(uint32_t word) {
   _Float16 v[2];
   std::memcpy(v, &word, 4);

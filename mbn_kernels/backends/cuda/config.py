@@ -1,7 +1,7 @@
 """How the depthwise kernels' work is shared among blocks of threads: for each shape a few ways, the likely best first.
 
 A thread takes two channels and a group of neighbouring columns, and slides down rows (``csrc/cuda/depthwise.cuh``). The
-others differ in one thing each from the first: half the threads, twice, or half the rows. Where shapes are tuned
+others differ in one thing each from the first: fewer threads, or half the rows. Where shapes are tuned
 (:mod:`mbn_kernels.backends.triton.tuning`), :data:`TRITON` is measured beside them.
 """
 
@@ -16,6 +16,8 @@ from ..triton.launch import Groups, cdiv, multiprocessors, share
 TRITON = Config({})
 #: Threads of a block, and of a multiprocessor: enough to keep memory busy while others wait at a barrier.
 _BLOCK, _RESIDENT = 128, 512
+#: Output columns of a thread of the forward kernel: kForwardColumns of ``csrc/cuda/kernels.h``.
+FORWARD_COLUMNS = 7
 
 
 def channel_vector(dtype: torch.dtype) -> int:
@@ -23,13 +25,8 @@ def channel_vector(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def forward_columns(kernel: int) -> int:
-    """Output columns of a thread: ``forward_columns`` of ``csrc/cuda/kernels.h``."""
-    return 4 if kernel > 5 else 7
-
-
 def backward_columns(kernel: int, stride: int) -> int:
-    """Likewise, in steps of ``stride`` input columns."""
+    """Steps of ``stride`` input columns of a thread of the backward kernel, as in ``csrc/cuda/kernels.h``."""
     return 4 if kernel > 5 or stride > 1 else 7
 
 
@@ -53,13 +50,20 @@ def _block(channels: int, columns: int, halo: float, dtype: torch.dtype, threads
 
 
 def depthwise(
-    images: int, channels: int, steps: int, columns: int, each: int, halo: float, dtype: torch.dtype, device
+    images: int,
+    channels: int,
+    steps: int,
+    columns: int,
+    each: int,
+    halo: float,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Config]:
     """``columns`` and ``steps`` of rows are to be covered, ``each`` columns by a thread; ``halo``: what a tile of one
     group reads beyond its own, as a part of that.
     """
     found = []
-    for threads in (_BLOCK, _BLOCK // 2, 2 * _BLOCK):
+    for threads in (_BLOCK, _BLOCK // 2, _BLOCK * 3 // 4):
         vectors, groups = _block(channels, cdiv(columns, each), halo, dtype, threads)
         own = vectors * (channel_vector(dtype) // 2) * groups
         blocks = images * cdiv(channels, vectors * channel_vector(dtype)) * cdiv(columns, groups * each)

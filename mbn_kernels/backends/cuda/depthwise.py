@@ -19,7 +19,6 @@ from ..triton.norm import Statistics
 from . import config
 from .config import TRITON
 
-
 _GRADIENT = ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")
 
 
@@ -56,7 +55,7 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
     if not fits(stage, u.y, after["residual"]):
         return convolutions.depthwise_forward(u, weight, stage, statistics, after, pool)
     shape, (kernel, _), (stride, _) = stage.output_shape(u.y.shape, None), stage.kernel, stage.stride
-    sizes = shape[2], shape[3], config.forward_columns(kernel)
+    sizes = shape[2], shape[3], config.FORWARD_COLUMNS
     kind = u.y.dtype, u.y.device
 
     def tiles() -> list[Config]:
