@@ -51,6 +51,8 @@ CUDA_SCHEMAS = {
     "cuda_depthwise_backward": f"{_GRADIENT}, {_VALUE}, {_SQUARE}, int[6] share, {_BACKWARD}",
     "cuda_inverted_residual": f"Tensor x, Tensor[] params, int[] stages, float[] eps, {_SQUARE}, Tensor? residual, "
     "int[2] tile, Tensor(a!)? pooled, Tensor(b!) out",
+    "cuda_gated_project": "Tensor x, Tensor pooled, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int act, int gate_act, "
+    "Tensor[] params, int[3] stage, float eps, Tensor? residual, int[2] tile, Tensor(a!) out",
 }
 
 library = torch.library.Library("mbn", "DEF")
@@ -60,7 +62,7 @@ for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
 library.define("evaluate_size(Tensor[] params, int[] stages) -> int")
 library.define("cpu_instruction_set() -> str")
 library.define("cuda_missing() -> str")
-library.define("cuda_inverted_residual_shared(int[3] channels, int kernel, int stride, int[2] tile) -> int")
+library.define("cuda_inverted_residual_shared(int[3] channels, int kernel, int stride, int[2] tile, int hidden) -> int")
 library.define("cpu_buffer(int n, int c, int h, int w, ScalarType dtype) -> Tensor")
 library.define("cpu_empty_cache() -> ()")
 library.define("cpu_cached_bytes() -> int")

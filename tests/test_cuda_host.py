@@ -246,8 +246,27 @@ def test_part_of_a_block(host: Host, monkeypatch: pytest.MonkeyPatch, case: Case
 
 
 @pytest.mark.parametrize("tile", ((8, 8), (2, 4), (7, 14)), ids=str)
-def test_block_with_squeeze_excite(host: Host, monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int]) -> None:
-    evaluate(monkeypatch, host, GATED, torch.bfloat16, Way(0, 2, *tile))
+@pytest.mark.parametrize("gate_tile", ((0, 0), (8, 8), (3, 7)), ids=("gate-alone", "gate-8x8", "gate-3x7"))
+def test_block_with_squeeze_excite(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], gate_tile: tuple[int, int]
+) -> None:
+    """Two kernels, or four where the gate's layers have kernels of their own."""
+    evaluate(monkeypatch, host, GATED, torch.bfloat16, Way(0, 2, *tile, *gate_tile))
+
+
+def test_gate_behind_a_depthwise_stage(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("gate", (3, 40, 6, 7), (dw(3, "relu", gate=("silu", "sigmoid")), pw(24, "relu")))
+    for dtype in (torch.float16, torch.bfloat16):
+        evaluate(monkeypatch, host, case, dtype, Way(0, 0, 0, 0, 6, 8))
+
+
+def test_parameters_in_float(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norms and gates as they are under autocast; other tests have them in 16 bits."""
+    monkeypatch.setattr(planner, "ways", lambda *args: [Way(0, 2, 4, 4, 4, 8)])
+    t = make_tensors(GATED, torch.bfloat16).map(lambda v: v.to(torch.bfloat16))
+    wide = Tensors(t.x, [{k: v if k == "weight" else v.float() for k, v in p.items()} for p in t.stages])
+    with torch.no_grad():
+        assert torch.equal(fused_chain(GATED, t, False), fused_chain(GATED, wide, False))
 
 
 @pytest.mark.parametrize("channels", ((8, 8, 160, 8), (160, 8, 16, 64), (24, 104, 8, 64)), ids=str)
@@ -272,7 +291,7 @@ def test_the_planner_weighs_bytes_work_and_starts(
 ) -> None:
     monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
     stages = chain.parse(chain.chain_spec("c", [stage.spec(False) for stage in WHOLE[0].stages])).stages
-    sizes = planner.sizes_of((images, inner, size, size), stages, (expanded, expanded, inner), 2)
+    sizes = planner.sizes_of((images, inner, size, size), stages, (expanded, expanded, inner), (0, 0, 0), 2)
     found = planner.ways(stages, sizes, True, torch.device("cpu"))
     assert found[0].count == count and Way() in found
     assert all(way.height * way.width <= planner._MOST_PIXELS for way in found)
@@ -325,7 +344,7 @@ def operands(case: Case, dtype: torch.dtype) -> tuple[Value, Tensor]:
 
 
 def block(case: Case, way: Way) -> list[Tensor]:
-    """One call of the whole-block kernel."""
+    """One call of the whole-block kernel, and one with a gate if the way has it."""
     from mbn_kernels.backends.cuda import blocks
 
     torch.manual_seed(1)
@@ -334,7 +353,10 @@ def block(case: Case, way: Way) -> list[Tensor]:
     part = slice(way.first, way.first + way.count)
     x = channels_last(t.x if way.first == 0 else torch.randn(*case.shape[:1], 40, *case.shape[2:]).bfloat16())
     out, pooled = blocks.inverted_residual(x, stages[part], t.stages[part], way, None)
-    return [out, *([] if pooled is None else [pooled])]
+    if not way.gate_height:
+        return [out, *([] if pooled is None else [pooled])]
+    gate, own, tile = stages[1], t.stages[2], (way.gate_height, way.gate_width)
+    return [blocks.gated_project(out, pooled, gate, t.stages[1], stages[2], own, tile, None)]
 
 
 LARGE = Case("large", (3, 16, 11, 9), (dw(5, "relu"),))
@@ -344,6 +366,7 @@ WIDE = Case(
 EDGE = Case(
     "edge", (1, 64, 4, 9), (dw(3, "relu", padding=(4, 3, 1, 1)),)
 )  # rows of the output without one of the input
+WIDE_GATED = Case("gated", (1, 16, 6, 7), (pw(136, "relu"), dw(3, "relu", gate=GATE), pw(40)))
 #: What together waits at every barrier: by file, some calls that do.
 CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "forward": lambda: forward(LARGE),
@@ -355,6 +378,7 @@ CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "block": lambda: block(Case("b", (1, 16, 9, 9), (pw(72, "relu"), dw(3, "relu"), pw(24))), Way(0, 3, 4, 8)),
     "block without expand": lambda: block(WHOLE[0], Way(1, 2, 4, 8)),
     "block with squeeze-excite": lambda: block(GATED, Way(0, 2, 4, 4)),
+    "gate and project": lambda: block(WIDE_GATED, Way(0, 2, 4, 8, 4, 8)),
 }
 BARRIERS = [
     (path.name, number)

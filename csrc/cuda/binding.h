@@ -77,6 +77,13 @@ class Arguments {
   }
   float* numbers_out(const char* name, const OptionalTensor& t, int64_t numel) const { return const_cast<float*>(numbers(name, t, numel)); }
 
+  // Float or of the storage type.
+  Parameter parameter(const char* name, const OptionalTensor& t, int64_t numel) const {
+    if (!t) return {};
+    const bool wide = t->scalar_type() == ScalarType::Float;
+    return {dense(name, *t, wide ? ScalarType::Float : dtype_, numel), wide};
+  }
+
   int activation(const char* name, int64_t act) const {
     MBN_CHECK(act >= 0 && act < kActCount, op_, ": ", name, ": expected an activation in [0, ", kActCount, "), got ", act);
     return int(act);

@@ -62,8 +62,8 @@ void depthwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const O
   a.together("var", mean, var);
   p.counts = a.numbers_out("counts", counts, group_count(p.map, p.share));
   p.moments = a.numbers_out("moments", moments, group_count(p.map, p.share) * 3 * in.channels);
-  p.norm = {a.numbers("mean", mean, in.channels), a.numbers("var", var, in.channels), a.numbers("bn_weight", bn_weight, in.channels),
-            a.numbers("bn_bias", bn_bias, in.channels), float(eps)};
+  p.norm = {a.parameter("mean", mean, in.channels), a.parameter("var", var, in.channels), a.parameter("bn_weight", bn_weight, in.channels),
+            a.parameter("bn_bias", bn_bias, in.channels), float(eps)};
   p.act = a.activation("act", act);
   p.residual = a.activations("residual", residual, out);
   p.pooled = a.numbers_out("pooled", pooled, in.images * p.share.parts * in.channels);

@@ -104,7 +104,7 @@ MBN_KERNEL(kMostThreads, forward_blocks(K, STRIDE)) depthwise_forward(const Dept
   const Place<S> place(p.map, p.share);
   const RowCopy<S> copy(place, p.map, p.share);
   const int channels = p.map.channels, channel = place.channel;
-  const bool works = channel < channels, training = p.moments != nullptr, evaluation = p.norm.var != nullptr;
+  const bool works = channel < channels, training = p.moments != nullptr, evaluation = p.norm.var.numbers != nullptr;
   const int columns = Window::tile(p.share.groups), stage_bytes = columns * copy.bytes;
   char* const stages = shared_memory();
   Pair* const weights = reinterpret_cast<Pair*>(stages + depthwise_forward_shared<S, K, STRIDE>(p.share)) - place.pairs * (K * K);
@@ -122,7 +122,7 @@ MBN_KERNEL(kMostThreads, forward_blocks(K, STRIDE)) depthwise_forward(const Dept
     }
     u_scale = vector_pair(p.u.scale, channel, 1);
     u_shift = vector_pair(p.u.shift, channel, 0);
-    if (evaluation) fold(p.norm, channel, own[0], own[1]);
+    if (evaluation) fold<S>(p.norm, channel, own[0], own[1]);
     own[2] = {};
     own[3] = {1, 1};
   }

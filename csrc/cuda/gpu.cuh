@@ -75,6 +75,13 @@ __device__ __forceinline__ void multiply<float16>(float (&sum)[4], const uint32_
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The sum over a warp, the same in all of its lanes.
+MBN_DEVICE float sum_of_warp(float v) {
+#pragma unroll
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) v += __shfl_xor_sync(0xffffffffu, v, apart);
+  return v;
+}
+
 // Two 16-bit numbers in a word, the first in the low half, rounded to nearest even.
 template <class S>
 MBN_DEVICE uint32_t pack(Pair v);
@@ -158,10 +165,21 @@ MBN_DEVICE void activate_all(Pair (&v)[N], int act) {
   });
 }
 
+template <class S>
+MBN_DEVICE float parameter(const Parameter& p, int64_t at) {
+  return p.wide ? static_cast<const float*>(p.numbers)[at] : to_float(static_cast<const S*>(p.numbers)[at]);
+}
+template <class S>
+MBN_DEVICE Pair parameter_pair(const Parameter& p, int64_t at, float otherwise) {
+  if (p.numbers == nullptr) return {otherwise, otherwise};
+  return {parameter<S>(p, at), parameter<S>(p, at + 1)};
+}
+
 // Batch norm by running statistics as a factor and a summand.
+template <class S>
 MBN_DEVICE void fold(const RunningNorm& norm, int channel, Pair& scale, Pair& shift) {
-  const Pair var = vector_pair(norm.var, channel, 1), mean = vector_pair(norm.mean, channel, 0);
-  const Pair weight = vector_pair(norm.weight, channel, 1), bias = vector_pair(norm.bias, channel, 0);
+  const Pair var = parameter_pair<S>(norm.var, channel, 1), mean = parameter_pair<S>(norm.mean, channel, 0);
+  const Pair weight = parameter_pair<S>(norm.weight, channel, 1), bias = parameter_pair<S>(norm.bias, channel, 0);
   scale = {weight.a * reciprocal_root(var.a + norm.eps), weight.b * reciprocal_root(var.b + norm.eps)};
   shift = {bias.a - mean.a * scale.a, bias.b - mean.b * scale.b};
 }

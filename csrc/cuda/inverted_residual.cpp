@@ -1,4 +1,6 @@
-// torch.ops.mbn.cuda_inverted_residual, and how much shared memory it would take.
+// torch.ops.mbn.cuda_inverted_residual and cuda_gated_project, and how much shared memory they would take.
+#include <initializer_list>
+
 #include "binding.h"
 #include "inverted_residual_memory.h"
 
@@ -14,7 +16,8 @@ struct Layers {
   int64_t in_channels, channels, out_channels;
   int kernel = 0;
 
-  Layers(const Arguments& a, int64_t in, const std::vector<Tensor>& params, const std::vector<int64_t>& stages, const std::vector<double>& eps)
+  Layers(const Arguments& a, int64_t in, const std::vector<Tensor>& params, const std::vector<int64_t>& stages, const std::vector<double>& eps,
+         bool whole = true)
       : in_channels(in), channels(in), out_channels(in) {
     MBN_CHECK(stages.size() == 3 * eps.size(), a.op(), ": stages: expected ", 3 * eps.size(), " numbers, got ", stages.size());
     size_t next = 0;
@@ -34,11 +37,11 @@ struct Layers {
       Layer& layer = is_depthwise ? depthwise : kernel == 0 ? expand : project;
       layer.weight = a.weight("weight", weight, outer * (is_depthwise ? k * k : inner));
       if (affine) {
-        layer.norm.weight = a.numbers("bn_weight", take(), outer);
-        layer.norm.bias = a.numbers("bn_bias", take(), outer);
+        layer.norm.weight = a.parameter("bn_weight", take(), outer);
+        layer.norm.bias = a.parameter("bn_bias", take(), outer);
       }
-      layer.norm.mean = a.numbers("running_mean", take(), outer);
-      layer.norm.var = a.numbers("running_var", take(), outer);
+      layer.norm.mean = a.parameter("running_mean", take(), outer);
+      layer.norm.var = a.parameter("running_var", take(), outer);
       layer.norm.eps = float(eps[i]);
       layer.act = a.activation("act", stages[3 * i + 2]);
       if (is_depthwise) kernel = a.count("kernel", k);
@@ -46,31 +49,26 @@ struct Layers {
       out_channels = outer;
     }
     MBN_CHECK(next == params.size(), a.op(), ": params: expected ", next, " tensors, got ", params.size());
-    MBN_CHECK(kernel != 0, a.op(), ": stages: expected a depthwise stage, got none");
+    MBN_CHECK((kernel != 0) == whole, a.op(), ": stages: expected ", whole ? "a" : "no", " depthwise stage");
   }
 };
 
-void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages, std::vector<double> eps, int64_t stride,
-                       std::vector<int64_t> corner, const OptionalTensor& residual, std::vector<int64_t> tile, const OptionalTensor& pooled, const Tensor& out) {
-  const Arguments a("cuda_inverted_residual", x);
+void check_channels(const Arguments& a, std::initializer_list<int64_t> all) {
   MBN_CHECK(a.dtype() != ScalarType::Float, a.op(), ": x: expected Half or BFloat16, got Float");
-  const Shape in = shape_of(a.op(), "x", x), made = shape_of(a.op(), "out", out);
-  const Layers layers(a, in.channels, params, stages, eps);
-  MBN_CHECK(has_block(layers.kernel, stride), a.op(), ": weight: expected a window of 3 or 5 at stride 1 or 2, got ", layers.kernel, " at ", stride);
-  for (const int64_t channels : {in.channels, layers.channels, layers.out_channels}) {
+  for (const int64_t channels : all) {
     MBN_CHECK(channels > 0 && channels % a.vector() == 0, a.op(), ": x: expected channels in multiples of ", a.vector(), ", got ", channels);
   }
+}
+
+// The maps and the tile; the layers are there already.
+void set_sizes(InvertedResidual& p, const Arguments& a, const Shape& in, const Shape& out, int64_t channels, int64_t out_channels,
+               const std::vector<int64_t>& corner, const std::vector<int64_t>& tile) {
   MBN_CHECK(corner.size() == 2 && tile.size() == 2, a.op(), ": tile: expected [height, width] and a corner of [top, left]");
-  InvertedResidual p{};
-  p.map = {a.count("images", in.images),        a.count("channels", layers.channels),    a.count("height", in.height, 1),
-           a.count("width", in.width, 1),       a.count("output height", made.height, 1), a.count("output width", made.width, 1),
+  p.map = {a.count("images", in.images),          a.count("channels", channels),          a.count("height", in.height, 1),
+           a.count("width", in.width, 1),         a.count("output height", out.height, 1), a.count("output width", out.width, 1),
            a.count("padding at the top", corner[0]), a.count("padding at the left", corner[1])};
-  p.in_channels = int(in.channels);
-  p.out_channels = int(layers.out_channels);
-  p.x = a.activations("x", x, in);
-  p.expand = layers.expand;
-  p.depthwise = layers.depthwise;
-  p.project = layers.project;
+  p.in_channels = a.count("channels", in.channels);
+  p.out_channels = a.count("output channels", out_channels);
   p.tile_height = a.count("tile", tile[0], 1);
   p.tile_width = a.count("tile", tile[1], 1);
   const int64_t pixels = int64_t(p.tile_height) * p.tile_width;
@@ -79,32 +77,81 @@ void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<
             most_out_channels(int(pixels)), " output channels with ", pixels, " pixels, got ", p.out_channels);
   p.tiles_down = divide_up(p.map.out_height, p.tile_height);
   p.tiles_across = divide_up(p.map.out_width, p.tile_width);
-  const int64_t tiles = int64_t(p.tiles_down) * p.tiles_across;
-  a.count("tiles", in.images * tiles);
+  a.count("tiles", in.images * p.tiles_down * p.tiles_across);
+  for (const Layer* layer : {&p.expand, &p.project}) {
+    MBN_CHECK(reinterpret_cast<uintptr_t>(layer->weight) % 16 == 0, a.op(), ": weight: expected memory that begins at a multiple of 16 bytes");
+  }
+}
+
+void run(const Arguments& a, const Tensor& x, const InvertedResidual& p, int kernel, int stride) {
+  const OnDevice device(x);
+  if (a.dtype() == ScalarType::Half) return run_inverted_residual<float16>(p, kernel, stride, device.stream());
+  run_inverted_residual<bfloat16>(p, kernel, stride, device.stream());
+}
+
+void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages, std::vector<double> eps, int64_t stride,
+                       std::vector<int64_t> corner, const OptionalTensor& residual, std::vector<int64_t> tile, const OptionalTensor& pooled,
+                       const Tensor& out) {
+  const Arguments a("cuda_inverted_residual", x);
+  const Shape in = shape_of(a.op(), "x", x), made = shape_of(a.op(), "out", out);
+  const Layers layers(a, in.channels, params, stages, eps);
+  MBN_CHECK(has_block(layers.kernel, stride), a.op(), ": weight: expected a window of 3 or 5 at stride 1 or 2, got ", layers.kernel, " at ", stride);
+  check_channels(a, {in.channels, layers.channels, layers.out_channels});
+  InvertedResidual p{};
+  p.expand = layers.expand;
+  p.depthwise = layers.depthwise;
+  p.project = layers.project;
+  set_sizes(p, a, in, made, layers.channels, layers.out_channels, corner, tile);
   const Shape expected = {in.images, layers.out_channels, made.height, made.width};
+  p.x = a.activations("x", x, in);
   p.out = a.activations_out("out", out, expected);
   MBN_CHECK(!residual || p.project.weight != nullptr, a.op(), ": residual: expected a project stage with it, got none");
   p.residual = a.activations("residual", residual, expected);
   MBN_CHECK(!pooled || p.project.weight == nullptr, a.op(), ": pooled: expected no project stage with it, got one");
-  p.pooled = a.numbers_out("pooled", pooled, in.images * tiles * layers.channels);
+  p.pooled = a.numbers_out("pooled", pooled, in.images * p.tiles_down * p.tiles_across * layers.channels);
   p.factor = float(1.0 / (double(made.height) * double(made.width)));
-  for (const Layer* layer : {&p.expand, &p.project}) {
-    MBN_CHECK(reinterpret_cast<uintptr_t>(layer->weight) % 16 == 0, a.op(), ": weight: expected memory that begins at a multiple of 16 bytes");
-  }
-  const OnDevice device(x);
-  if (a.dtype() == ScalarType::Half) return run_inverted_residual<float16>(p, layers.kernel, int(stride), device.stream());
-  run_inverted_residual<bfloat16>(p, layers.kernel, int(stride), device.stream());
+  run(a, x, p, layers.kernel, int(stride));
 }
 
-// Channels: of the input (0: nothing to expand), expanded, of the output (0: nothing to project).
-int64_t shared_of(std::vector<int64_t> channels, int64_t kernel, int64_t stride, std::vector<int64_t> tile) {
+// Squeeze-excite's gate, from the parts of a mean, on x, and a project stage behind it.
+void gated_project(const Tensor& x, const Tensor& pooled, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, int64_t act,
+                   int64_t gate_act, std::vector<Tensor> params, std::vector<int64_t> stage, double eps, const OptionalTensor& residual,
+                   std::vector<int64_t> tile, const Tensor& out) {
+  const Arguments a("cuda_gated_project", x);
+  const Shape in = shape_of(a.op(), "x", x);
+  const Layers layers(a, in.channels, params, stage, {eps}, false);
+  check_channels(a, {in.channels, layers.out_channels});
+  InvertedResidual p{};
+  p.project = layers.expand;  // the first pointwise stage
+  const Shape expected = {in.images, layers.out_channels, in.height, in.width};
+  set_sizes(p, a, in, expected, in.channels, layers.out_channels, {0, 0}, tile);
+  p.x = a.activations("x", x, in);
+  p.out = a.activations_out("out", out, expected);
+  p.residual = a.activations("residual", residual, expected);
+  MBN_CHECK(pooled.dim() == 3 && w1.dim() >= 2, a.op(), ": pooled: expected [N, parts, C] and w1 of [hidden, C]");
+  Squeeze& s = p.squeeze;
+  s.parts = a.count("parts", pooled.size(1), 1);
+  s.hidden = a.count("hidden", w1.size(0), 1);
+  s.pooled = a.numbers("pooled", pooled, in.images * s.parts * in.channels);
+  s.w1 = a.parameter("w1", w1, in.channels * s.hidden);
+  s.b1 = a.parameter("b1", b1, s.hidden);
+  s.w2 = a.parameter("w2", w2, in.channels * s.hidden);
+  s.b2 = a.parameter("b2", b2, in.channels);
+  s.act = a.activation("act", act);
+  s.gate_act = a.activation("gate_act", gate_act);
+  run(a, x, p, 1, 1);
+}
+
+// Channels: of the input (0: nothing to expand), expanded, of the output (0: nothing to project). With a `hidden` width, of gated_project.
+int64_t shared_of(std::vector<int64_t> channels, int64_t kernel, int64_t stride, std::vector<int64_t> tile, int64_t hidden) {
   constexpr const char* op = "cuda_inverted_residual_shared";
-  MBN_CHECK(has_block(kernel, stride), op, ": kernel: expected 3 or 5 at stride 1 or 2, got ", kernel, " at ", stride);
+  MBN_CHECK(hidden > 0 || has_block(kernel, stride), op, ": kernel: expected 3 or 5 at stride 1 or 2, got ", kernel, " at ", stride);
   MBN_CHECK(channels.size() == 3 && tile.size() == 2, op, ": channels: expected 3 numbers and a tile of 2");
   InvertedResidual p{};
   p.in_channels = int(channels[0]);
   p.out_channels = int(channels[2]);
   p.map.channels = int(channels[1]);
+  p.squeeze.hidden = int(hidden);
   static constexpr char given = 0;  // stands for weights that are there
   p.expand.weight = channels[0] ? &given : nullptr;
   p.project.weight = channels[2] ? &given : nullptr;
@@ -116,7 +163,10 @@ int64_t shared_of(std::vector<int64_t> channels, int64_t kernel, int64_t stride,
 }  // namespace
 }  // namespace mbn
 
-STABLE_TORCH_LIBRARY_IMPL(mbn, MBN_DISPATCH_KEY, m) { m.impl("cuda_inverted_residual", TORCH_BOX(&mbn::inverted_residual)); }
+STABLE_TORCH_LIBRARY_IMPL(mbn, MBN_DISPATCH_KEY, m) {
+  m.impl("cuda_inverted_residual", TORCH_BOX(&mbn::inverted_residual));
+  m.impl("cuda_gated_project", TORCH_BOX(&mbn::gated_project));
+}
 
 // It takes no tensor whose device could choose a kernel.
 STABLE_TORCH_LIBRARY_IMPL(mbn, CompositeExplicitAutograd, m) {

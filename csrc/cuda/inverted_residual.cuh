@@ -84,16 +84,51 @@ struct BlockOfThreads {
   MBN_DEVICE_MEMBER void load_numbers(int c) const {
     const int first = c * kChunk, given = p.map.channels - first < kChunk ? p.map.channels - first : kChunk;
     float* const to = numbers_at(c);
+    if constexpr (K == 1) {  // the gate in the window's place
+      if (thread >= given) return;
+      to[2 * kChunk + thread] = 1;
+      to[3 * kChunk + thread] = 0;
+      to[4 * kChunk + thread] = at<float>(memory.gate)[first + thread];
+      return;
+    }
     const bool of_expand = thread < kPairs;
     const int channel = 2 * (thread % kPairs);
     if (thread < 2 * kPairs && channel < given && (expands() || !of_expand)) {
       Pair scale, shift;
-      fold(of_expand ? p.expand.norm : p.depthwise.norm, first + channel, scale, shift);
+      fold<S>(of_expand ? p.expand.norm : p.depthwise.norm, first + channel, scale, shift);
       store_pair(to + (of_expand ? 0 : 2 * kChunk), channel, scale);
       store_pair(to + (of_expand ? kChunk : 3 * kChunk), channel, shift);
     }
     const S* const weight = static_cast<const S*>(p.depthwise.weight) + int64_t(first) * K * K;
     for (int i = thread; i < given * K * K; i += kBlockThreads) to[(4 + i % (K * K)) * kChunk + i / (K * K)] = to_float(weight[i]);
+  }
+
+  // Squeeze-excite's two layers, by a warp for each of their outputs.
+  MBN_DEVICE_MEMBER void make_gate() const {
+    const Squeeze& s = p.squeeze;
+    const int channels = p.map.channels;
+    float* const gate = at<float>(memory.gate);
+    float* const mean = gate + channels;
+    float* const hidden = mean + channels;
+    for (int c = thread; c < channels; c += kBlockThreads) {
+      float sum = 0;
+      for (int part = 0; part < s.parts; ++part) sum += s.pooled[(int64_t(image) * s.parts + part) * channels + c];
+      mean[c] = sum;
+    }
+    MBN_BARRIER();
+    layer(hidden, s.hidden, mean, channels, s.w1, s.b1, s.act);
+    MBN_BARRIER();
+    layer(gate, channels, hidden, s.hidden, s.w2, s.b2, s.gate_act);
+    MBN_BARRIER();
+  }
+  MBN_DEVICE_MEMBER void layer(float* out, int outer, const float* in, int inner, const Parameter& weight, const Parameter& bias, int act) const {
+    for (int o = warp; o < outer; o += kBlockWarps) {
+      float sum = 0;
+      for (int i = lane; i < inner; i += kWarp) sum = fmaf(parameter<S>(weight, int64_t(o) * inner + i), in[i], sum);
+      Pair v[1] = {{sum_of_warp(sum) + parameter<S>(bias, o), 0}};
+      activate_all(v, act);
+      if (lane == 0) out[o] = v[0].a;
+    }
   }
 
   // Two 8-column blocks of a matrix whose rows lie in shared memory: the second factor of two products.
@@ -231,7 +266,7 @@ struct BlockOfThreads {
         const int channel = first_output(n) + 8 * i + lane % 4 * 2;
         if (channel >= p.out_channels) continue;
         Pair scale, shift;
-        fold(p.project.norm, channel, scale, shift);
+        fold<S>(p.project.norm, channel, scale, shift);
         Pair v[2] = {multiply_add({sums[n][i][0], sums[n][i][1]}, scale, shift), multiply_add({sums[n][i][2], sums[n][i][3]}, scale, shift)};
         activate_all(v, p.project.act);
 #pragma unroll
@@ -253,6 +288,7 @@ struct BlockOfThreads {
     load_input();
     load_chunk(0);
     commit_copies();
+    if constexpr (K == 1) make_gate();
     load_numbers(0);
     const int chunks = divide_up(p.map.channels, kChunk);
     for (; chunk < chunks; ++chunk) {

@@ -14,7 +14,7 @@ constexpr int kStride = kChunk + kPad;                                         /
 struct BlockMemory {
   int in_width, in_pixels, out_pixels;
   int inner, x_stride;  // input channels in whole products, and as rows in shared memory
-  int x, expanded, second, convolved, weights, weights_bytes, expand, project, numbers, inside, scratch, end;
+  int x, expanded, second, convolved, weights, weights_bytes, expand, project, numbers, gate, inside, scratch, end;
 
   MBN_BOTH static int place(int& end, int bytes) {
     const int at = end;
@@ -41,6 +41,7 @@ struct BlockMemory {
     weights_bytes = of_chunk;
     weights = place(end, 2 * of_chunk);
     numbers = place(end, 2 * (4 + kernel * kernel) * kChunk * int(sizeof(float)));
+    gate = place(end, p.squeeze.hidden ? (2 * p.map.channels + p.squeeze.hidden) * int(sizeof(float)) : 0);  // and what it is made of
     inside = place(end, rows);
     scratch = place(end, projects ? 0 : kBlockThreads * int(sizeof(Pair)));
   }

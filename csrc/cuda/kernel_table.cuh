@@ -22,6 +22,7 @@ static void with_window(int kernel, int stride, const F& f) {
 template <class F>
 static void with_block(int kernel, int stride, const F& f) {
   const auto at_stride = [&](auto k) { stride == 1 ? f(k, Number<1>{}) : f(k, Number<2>{}); };
+  if (kernel == 1) return f(Number<1>{}, Number<1>{});  // no window: a gate
   kernel == 3 ? at_stride(Number<3>{}) : at_stride(Number<5>{});
 }
 

@@ -56,9 +56,15 @@ struct Gradient {
   const float *q, *a, *b, *c;
 };
 
+// Numbers of the caller's, float or of the storage type.
+struct Parameter {
+  const void* numbers;
+  bool wide;
+};
+
 // A batch norm by running statistics.
 struct RunningNorm {
-  const float *mean, *var, *weight, *bias;  // weight and bias may be null
+  Parameter mean, var, weight, bias;  // weight and bias may be null
   float eps;
 };
 
@@ -113,13 +119,23 @@ struct Layer {
   int act;
 };
 
+// Squeeze-excite: gate_act(w2 act(w1 mean + b1) + b2), with the mean over an image in parts: [N, parts, E].
+struct Squeeze {
+  const float* pooled;
+  int parts, hidden;
+  Parameter w1, b1, w2, b2;
+  int act, gate_act;
+};
+
 // Expand, depthwise and project of a whole block, in evaluation. Without expand.weight the expanded tensor is x itself; without project.weight the
-// output is what the depthwise stage makes, [N, E, OH, OW], and with `pooled` its sums * factor over each tile: [N, tiles, E].
+// output is what the depthwise stage makes, [N, E, OH, OW], and with `pooled` its sums * factor over each tile: [N, tiles, E]. With squeeze.pooled
+// there is no depthwise stage: x, gated, is projected.
 struct InvertedResidual {
   Map map;  // of the depthwise convolution: map.channels is E
   int in_channels, out_channels;
   const void* x;
   Layer expand, depthwise, project;
+  Squeeze squeeze;
   const void* residual;  // added to what is projected
   int tile_height, tile_width, tiles_down, tiles_across;  // of output pixels
   void* out;

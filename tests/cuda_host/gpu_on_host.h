@@ -191,6 +191,20 @@ MBN_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
   host::warp_barrier();
 }
 
+MBN_DEVICE float sum_of_warp(float v) {
+  host::Warp& warp = host::warp();
+  const int lane = host::thread % kWarp;
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+    std::memcpy(&warp.words[lane][0], &v, 4);
+    host::warp_barrier();
+    float other;
+    std::memcpy(&other, &warp.words[lane ^ apart][0], 4);
+    v += other;
+    host::warp_barrier();
+  }
+  return v;
+}
+
 template <class S>
 MBN_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host::Warp& warp = host::warp();

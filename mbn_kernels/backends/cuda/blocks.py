@@ -10,7 +10,6 @@ from torch import Tensor
 from ...activations import ACTIVATIONS
 from ...chain import Stage
 from ..reference import empty_channels_last
-from ..triton.elementwise import mean_of_parts
 from ..triton.launch import ALIGNED, cdiv, vectors
 from .planner import Way
 
@@ -26,12 +25,13 @@ def fits(x: Tensor, params: Sequence[dict[str, Tensor]]) -> bool:
 def inverted_residual(
     x: Tensor, stages: Sequence[Stage], params: Sequence[dict[str, Tensor]], way: Way, residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(the output of the fused stages plus the residual, where the last has a gate its mean over each image)."""
+    """(the output of the fused stages plus the residual, where the last has a gate the parts of its mean over each
+    image).
+    """
     shape, flat = tuple(x.shape), []
     for stage, p in zip(stages, params, strict=True):
         shape = stage.output_shape(shape, p["weight"].shape)
-        flat.append(p["weight"])
-        flat += [p[name].float() for name in ("bn_weight", "bn_bias", "running_mean", "running_var") if name in p]
+        flat += _parameters(p)
     depthwise = next(stage for stage in stages if stage.conv == "depthwise")
     out, pooled = empty_channels_last(x, shape), None
     if stages[-1].gate:
@@ -41,7 +41,24 @@ def inverted_residual(
         *(depthwise.stride[0], [depthwise.padding[0], depthwise.padding[2]], residual, [way.height, way.width]),
         *(pooled, out),
     )
-    return out, None if pooled is None else mean_of_parts(pooled)
+    return out, pooled
+
+
+def gated_project(
+    y: Tensor, parts: Tensor, gate: Stage, p: dict[str, Tensor], stage: Stage, own: dict[str, Tensor],
+    tile: tuple[int, int], residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gate of one stage and the pointwise ``stage`` behind it, from what the former is without its gate."""
+    out = empty_channels_last(y, stage.output_shape(y.shape, own["weight"].shape))
+    torch.ops.mbn.cuda_gated_project.default(
+        *(y, parts, p["w1"], p["b1"], p["w2"], p["b2"], *(ACTIVATIONS[act].code for act in gate.gate)),
+        *(_parameters(own), list(_layer(stage)), stage.eps, residual, list(tile), out),
+    )
+    return out
+
+
+def _parameters(p: dict[str, Tensor]) -> list[Tensor]:
+    return [p[name] for name in ("weight", "bn_weight", "bn_bias", "running_mean", "running_var") if name in p]
 
 
 def _layer(stage: Stage) -> tuple[int, int, int]:

@@ -75,7 +75,7 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
             *(u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code),
             *(weight, stride, [stage.padding[0], stage.padding[2]]),
             *((found.counts, found.moments) if found else (None, None)),
-            *(_numbers(after[name]) for name in ("mean", "var", "bn_weight", "bias")),
+            *(after[name] for name in ("mean", "var", "bn_weight", "bias")),
             *(after["eps"], after["OUT_ACT"], after["residual"], pooled, plan.share, y),
         )
         return y, found, pooled
@@ -83,10 +83,6 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
     wants = statistics, pool, after["var"] is not None, after["residual"] is not None
     key = convolutions.depthwise_key("cuda_depthwise_forward", u, stage, *wants)
     return tuning.best(key, tiles, u.y.device, plan, run)
-
-
-def _numbers(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.float()
 
 
 def depthwise_backward(

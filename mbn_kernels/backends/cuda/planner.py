@@ -1,7 +1,8 @@
 """Which stages of a chain one kernel takes in evaluation, and in which tile: by what each way moves and computes.
 
 A *way* runs a chain's stages one by one but for one run of them, which is fused: expand, depthwise and project; or
-depthwise and project; or expand and depthwise, where squeeze-excite follows. The estimate of a way is the sum over its
+depthwise and project; or expand and depthwise, where squeeze-excite follows. The gate of squeeze-excite is made and
+applied by the kernel of the stage behind it, or by kernels of its own. The estimate of a way is the sum over its
 kernels of a start and the longer of two times: that to move its bytes, and, of a fused kernel, that to issue its
 instructions. It orders the ways; where shapes are tuned (:mod:`mbn_kernels.backends.triton.tuning`), the first few are
 measured and the fastest is taken.
@@ -23,8 +24,6 @@ from ...chain import Stage
 from ..triton.config import Config
 from ..triton.launch import cdiv, multiprocessors
 
-#: Every stage by a kernel of its own.
-LAYERS = Config({})
 #: csrc/cuda/kernels.h and inverted_residual_memory.h: expanded channels at a time, threads, neighbouring pixels.
 _CHUNK, _THREADS, _RUN = 32, 256, 4
 _MOST_PIXELS = 128
@@ -48,15 +47,20 @@ class Rates(NamedTuple):
 
 
 class Way(NamedTuple):
-    """Stages ``first`` to ``first + count`` fused, in tiles of so many output pixels; none where count is 0."""
+    """Stages ``first`` to ``first + count`` fused, in tiles of ``height`` by ``width`` output pixels; none where count
+    is 0. The stages behind a gate together with it, in tiles of ``gate_height`` by ``gate_width``; alone where those
+    are 0.
+    """
 
     first: int = 0
     count: int = 0
     height: int = 0
     width: int = 0
+    gate_height: int = 0
+    gate_width: int = 0
 
     def config(self) -> Config:
-        return Config(self._asdict()) if self.count else LAYERS
+        return Config(self._asdict())
 
     @staticmethod
     def of(config: Config) -> Way:
@@ -86,6 +90,7 @@ class Sizes(NamedTuple):
 
     images: int
     maps: tuple[tuple[int, int, int], ...]
+    hidden: tuple[int, ...]  # of each stage's squeeze-excite, 0 where there is none
     itemsize: int
 
     def bytes(self, i: int) -> int:
@@ -93,12 +98,14 @@ class Sizes(NamedTuple):
         return self.images * c * h * w * self.itemsize
 
 
-def sizes_of(shape: Sequence[int], stages: Sequence[Stage], outer: Sequence[int], itemsize: int) -> Sizes:
+def sizes_of(
+    shape: Sequence[int], stages: Sequence[Stage], outer: Sequence[int], hidden: Sequence[int], itemsize: int
+) -> Sizes:
     """``outer``: each stage's output channels."""
     maps = [tuple(shape)]
     for stage, channels in zip(stages, outer, strict=True):
         maps.append(stage.output_shape(maps[-1], (channels,)))
-    return Sizes(shape[0], tuple(m[1:] for m in maps), itemsize)
+    return Sizes(shape[0], tuple(m[1:] for m in maps), tuple(hidden), itemsize)
 
 
 def _moved(sizes: Sizes, first: int, last: int, more: float, rates: Rates) -> float:
@@ -140,12 +147,32 @@ def fused_seconds(way: Way, stages: Sequence[Stage], sizes: Sizes, device: torch
     return max(computed, _moved(sizes, way.first, way.first + way.count, halo + weights, rates))
 
 
+def _gated_seconds(way: Way, i: int, sizes: Sizes, device: torch.device, rates: Rates) -> float:
+    """The time of stage i with the gate in front of it, without its start."""
+    (channels, height, width), hidden = sizes.maps[i], sizes.hidden[i - 1]
+    blocks = sizes.images * cdiv(height, way.gate_height) * cdiv(width, way.gate_width)
+    products = cdiv(way.gate_height * way.gate_width, 64) * 4 * cdiv(sizes.maps[i + 1][0], 16) * 2 * 3
+    runs = cdiv(way.gate_height * cdiv(way.gate_width, _RUN), 16) * _THREADS / 32
+    instructions = cdiv(channels, _CHUNK) * (products + runs * _RUN * 2 * _ELEMENT) + 2 * channels * hidden / 32 * 3
+    computed = cdiv(blocks, multiprocessors(device)) * instructions / rates.issue
+    weights = sizes.itemsize * channels * (2 * hidden + sizes.maps[i + 1][0])
+    return max(computed, _moved(sizes, i, i + 1, blocks * weights, rates))
+
+
 def seconds(way: Way, stages: Sequence[Stage], sizes: Sizes, device: torch.device, rates: Rates | None = None) -> float:
     """The estimate of a chain's time."""
-    rates = rates or Rates()
-    alone = [i for i in range(len(stages)) if not way.first <= i < way.first + way.count]
-    total = sum(rates.start + _moved(sizes, i, i + 1, 0, rates) for i in alone)
-    return total + (rates.start + fused_seconds(way, stages, sizes, device, rates) if way.count else 0)
+    rates, total = rates or Rates(), 0.0
+    if way.count:
+        total += rates.start + fused_seconds(way, stages, sizes, device, rates)
+    for i, stage in enumerate(stages):
+        behind_gate = i > 0 and stages[i - 1].gate
+        if behind_gate and way.gate_height:
+            total += rates.start + _gated_seconds(way, i, sizes, device, rates)
+        elif not way.first <= i < way.first + way.count:
+            total += rates.start + _moved(sizes, i, i + 1, 0, rates)
+        if stage.gate and not (way.gate_height and i + 1 < len(stages)):
+            total += 2 * rates.start  # its two layers
+    return total
 
 
 def _shared_limit(device: torch.device) -> int:
@@ -157,16 +184,39 @@ def _shared_limit(device: torch.device) -> int:
 
 def ways(stages: tuple[Stage, ...], sizes: Sizes, residual: bool, device: torch.device) -> list[Way]:
     """The ways to run a chain that are worth measuring, the quickest by estimate first; one by one is among them."""
-    found = [Way()]
+    fused = [Way()]
     for first in range(len(stages)):
         for count in (2, 3):
             taken = stages[first : first + count]
             if len(taken) == count and _is_fused(taken) and not (first and stages[first - 1].gate):
                 adds = residual and first + count == len(stages) and not taken[-1].gate
                 if taken[-1].conv == "pointwise" or not adds:  # only a project stage adds a residual
-                    found += _fused_ways(taken, first, sizes, device)
+                    fused += _fused_ways(taken, first, sizes, device)
+    found = fused + [
+        way._replace(gate_height=h, gate_width=w) for way in fused for h, w in _gate_tiles(way, stages, sizes, device)
+    ]
     ordered = sorted(found, key=lambda way: seconds(way, stages, sizes, device))
-    return [way for i, way in enumerate(ordered) if i < _MEASURED or not way.count]
+    return [way for i, way in enumerate(ordered) if i < _MEASURED or way == Way()]
+
+
+def _gate_tiles(way: Way, stages: tuple[Stage, ...], sizes: Sizes, device: torch.device) -> list[tuple[int, int]]:
+    """Tiles in which every stage behind a gate can take the gate in, where that is a pointwise stage without one."""
+    gated = [i for i, stage in enumerate(stages[:-1]) if stage.gate]
+    if not gated or any(stages[i + 1].conv != "pointwise" or stages[i + 1].gate for i in gated):
+        return []
+    if any(way.first <= i + 1 < way.first + way.count for i in gated):
+        return []
+    found = []
+    for h, w in _tiles(*sizes.maps[gated[0] + 1][1:]):
+        fits = all(
+            max(a % 8, b % 8) == 0
+            and b <= most_out_channels(h * w)
+            and _shared((0, a, b), 1, 1, h, w, sizes.hidden[i]) <= _shared_limit(device)
+            for i in gated
+            for a, b in [(sizes.maps[i + 1][0], sizes.maps[i + 2][0])]
+        )
+        found += [(h, w)] if fits else []
+    return found
 
 
 def _fused_ways(taken: Sequence[Stage], first: int, sizes: Sizes, device: torch.device) -> list[Way]:
@@ -181,7 +231,7 @@ def _fused_ways(taken: Sequence[Stage], first: int, sizes: Sizes, device: torch.
     return [
         Way(first, len(taken), h, w)
         for h, w in _tiles(height, width)
-        if projected <= most_out_channels(h * w) and _shared(channels, *window, h, w) <= _shared_limit(device)
+        if projected <= most_out_channels(h * w) and _shared(channels, *window, h, w, 0) <= _shared_limit(device)
     ]
 
 
@@ -193,5 +243,6 @@ def _tiles(height: int, width: int) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=4096)
-def _shared(channels: tuple[int, ...], kernel: int, stride: int, height: int, width: int) -> int:
-    return torch.ops.mbn.cuda_inverted_residual_shared(list(channels), kernel, stride, [height, width])
+def _shared(channels: tuple[int, ...], kernel: int, stride: int, height: int, width: int, hidden: int) -> int:
+    """Bytes of shared memory of a block of threads."""
+    return torch.ops.mbn.cuda_inverted_residual_shared(list(channels), kernel, stride, [height, width], hidden)

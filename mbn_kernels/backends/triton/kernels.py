@@ -60,26 +60,22 @@ class TritonKernels:
         return x
 
     def evaluate_chain(self, x: Tensor, chain: Chain, params: list[dict], residual: Tensor | None) -> Tensor:
-        u = self.evaluate_stages(Value(x), chain.stages, params, residual)
+        """Nothing is deferred but a gate: each convolution stores what its stage is, the last one plus the residual."""
+        u = Value(x)
+        for i, (stage, p) in enumerate(zip(chain.stages, params, strict=True)):
+            adds = i == len(chain.stages) - 1 and not stage.gate
+            y, parts = self.evaluate_stage(u, stage, p, residual if adds else None)
+            u = gated(y, stage, p, parts)
         return u.y if u.gate is None else self.materialize(u, residual)
 
-    def evaluate_stages(
-        self, u: Value, stages: Sequence[Stage], params: Sequence[dict], residual: Tensor | None
-    ) -> Value:
-        """Stages in which nothing is deferred but a gate: each convolution stores what its stage is, the last one plus
-        the residual, unless it has a gate.
-        """
-        for i, (stage, p) in enumerate(zip(stages, params, strict=True)):
-            last = i == len(stages) - 1
-            after = epilogue(stage, p, residual if last and not stage.gate else None)
-            if stage.conv == "pointwise":
-                y, _ = convolutions.pointwise_forward(u, p["weight"], False, after, precision(u.y.dtype))
-                pooled = elementwise.pool(Value(y)) if stage.gate else None
-            else:
-                y, _, parts = self.convolve_depthwise(u, p["weight"], stage, False, after, stage.gate is not None)
-                pooled = elementwise.mean_of_parts(parts) if stage.gate else None
-            u = gated(y, stage, p, pooled)
-        return u
+    def evaluate_stage(self, u: Value, stage: Stage, p: dict, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(a stage's output but for its gate, where it has one the parts of its mean over each image)."""
+        after = epilogue(stage, p, residual)
+        if stage.conv == "pointwise":
+            y, _ = convolutions.pointwise_forward(u, p["weight"], False, after, precision(u.y.dtype))
+            return y, elementwise.pool(Value(y))[:, None] if stage.gate else None
+        y, _, parts = self.convolve_depthwise(u, p["weight"], stage, False, after, stage.gate is not None)
+        return y, parts
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
         return convolutions.pointwise_forward(u, weight, statistics, RAW, precision(weight.dtype))
@@ -135,8 +131,9 @@ def _gate_layers(pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str], ac
     return found
 
 
-def gated(y: Tensor, stage: Stage, p: dict[str, Tensor], pooled: Tensor | None) -> Value:
+def gated(y: Tensor, stage: Stage, p: dict[str, Tensor], parts: Tensor | None) -> Value:
     """A stage's output, with the gate that its mean over each image makes."""
     if not stage.gate:
         return Value(y)
+    pooled = elementwise.mean_of_parts(parts)
     return Value(y, gate=_gate_layers(pooled, p, stage.gate, activated=True)[1].y.flatten(1))
