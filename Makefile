@@ -28,7 +28,7 @@ help:
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(bin)/python -m pytest $(TEST_ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(bin)/python -m pytest $(TEST_ARGS) tests/test_triton_interpreter.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(bin)/python -m pytest $(TEST_ARGS) tests/test_triton_interpreter.py tests/test_cuda_host.py tests/test_cuda_host_faults.py
 
 # Not -e, which would put libraries for this torch into the checkout. build/ has a folder for each torch; what an
 # install copied there for the wheel is removed, as modules that are gone would be in the next one.

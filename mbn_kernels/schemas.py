@@ -62,6 +62,9 @@ for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
 library.define("evaluate_size(Tensor[] params, int[] stages) -> int")
 library.define("cpu_instruction_set() -> str")
 library.define("cuda_missing() -> str")
+library.define(
+    "cuda_depthwise_shared(int itemsize, int kernel, int stride, int vectors, int groups, bool backward) -> int"
+)
 library.define("cuda_inverted_residual_shared(int[3] channels, int kernel, int stride, int[2] tile, int hidden) -> int")
 library.define("cpu_buffer(int n, int c, int h, int w, ScalarType dtype) -> Tensor")
 library.define("cpu_empty_cache() -> ()")

@@ -1,69 +1,29 @@
 """The CUDA kernels themselves, run on the CPU by fibers, against the float64 oracle.
 
-tests/cuda_host compiles the very device code for the CPU, tests/cuda_host_build.py builds it. What is not CUDA C++ runs
-in Triton's interpreter, so these tests need a process with TRITON_INTERPRET=1: ``make test`` starts one. Small maps of
-few channels: several units a block, several blocks, and tails everywhere.
+Small maps of few channels: several units a block, several blocks, and tails everywhere. See cuda_host_calls.py.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from itertools import product
-from zlib import crc32
 
 import pytest
 import torch
-from cuda_host_build import ROOT, SANITIZE, Host, build, compiler
+from cuda_host_build import ROOT, Host
+from cuda_host_calls import GATE, GATED, WHOLE, WINDOWS, channels_last, cuda_library, cuda_on_host, stage_of  # noqa: F401
 from oracle import ACTS, Case, Tensors, compare_case, dw, fused_chain, hold, make_tensors, mode_id, pw, stock_chain
 from torch import Tensor
 
-import mbn_kernels
-from mbn_kernels import backends, chain, schemas
-from mbn_kernels.backends import triton
-from mbn_kernels.chain import Gradient, Norm, Stage, Value
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a process with TRITON_INTERPRET=1: `make test` starts one", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
-if compiler() is None:
-    pytest.skip("needs a C++ compiler", allow_module_level=True)
-
-from mbn_kernels.backends.cuda import config, depthwise, planner
+from mbn_kernels import chain
+from mbn_kernels.backends.cuda import config, planner
 from mbn_kernels.backends.cuda.kernels import CudaKernels
 from mbn_kernels.backends.cuda.planner import Way
-from mbn_kernels.backends.triton import config as triton_config
-from mbn_kernels.backends.triton import convolutions, launch, tuning
+from mbn_kernels.backends.triton import launch
+from mbn_kernels.chain import Value
 
-GATE = ("relu", "hardsigmoid")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-
-
-@pytest.fixture(scope="session")
-def library() -> Host:
-    return Host()
-
-
-@pytest.fixture(autouse=True)
-def host(request: pytest.FixtureRequest, library: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    """The backend on this build; few blocks, so that each takes several units. Half of the tests run in each order."""
-    monkeypatch.setitem(backends._LOADERS, "cuda", lambda: backends.Backend(CudaKernels(), None, triton.supports))
-    backends._backend.cache_clear()
-    for module in (config, launch, planner, triton_config):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(tuning, "_plans", {})
-    monkeypatch.setattr(triton_config, "largest_block", 16)
-    monkeypatch.setattr(config, "_RESIDENT", 64)
-    library.order(crc32(request.node.name.encode()) % 2 == 1)
-    library.launches()
-    with mbn_kernels.use_backend("cuda"):
-        yield library
-    library.skip()
-    backends._backend.cache_clear()
 
 
 def compare(host: Host, case: Case, dtype: torch.dtype, training: bool, **options: object) -> None:
@@ -74,10 +34,6 @@ def compare(host: Host, case: Case, dtype: torch.dtype, training: bool, **option
 
 # Depthwise convolutions -----------------------------------------------------------------------------------------------
 
-WINDOWS = [
-    Case(f"{k}x{k}-stride-{s}", (2, 8, 2 * k + 1, k + 4), (dw(k, ACTS[(k + s) % 5], stride=s),))
-    for k, s in product((3, 5, 7), (1, 2))
-]
 STAGES = (
     Case("one-row-one-column", (3, 16, 1, 1), (dw(5, "hardswish"),)),
     Case("one-image", (1, 24, 7, 30), (dw(3, "relu"),)),
@@ -199,21 +155,8 @@ def test_statistics_far_from_zero(host: Host) -> None:
     assert host.launches() == 1
 
 
-def stage_of(case: Case, i: int = 0) -> Stage:
-    return chain.parse(chain.chain_spec("c", [stage.spec(True) for stage in case.stages])).stages[i]
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 # Whole blocks ---------------------------------------------------------------------------------------------------------
 
-WHOLE = [
-    Case(f"{k}x{k}-stride-{s}", (2, 24, 9, 10), (pw(40, "hardswish"), dw(k, "relu", stride=s), pw(24)), s == 1)
-    for k, s in product((3, 5), (1, 2))
-]
-GATED = Case("gated", (2, 16, 6, 7), (pw(40, "relu"), dw(5, "hardswish", gate=GATE), pw(16)), True)
 PADDED = Case("padded", (1, 8, 9, 8), (pw(16, "silu"), dw(5, "silu", stride=2, padding=(1, 2, 0, 3)), pw(8, "relu")))
 
 
@@ -308,249 +251,3 @@ def test_widths_are_those_of_the_library() -> None:
     assert f"kMostThreads = {config._BLOCK};" in text
     assert f"kMostPixels = {planner._MOST_PIXELS};" in text
     assert f"kChunk = {planner._CHUNK}, kProducts = 5;" in text
-
-
-# Operators ------------------------------------------------------------------------------------------------------------
-
-
-def forward(case: Case, dtype: torch.dtype = torch.float32, pool: bool = False, training: bool = True) -> list[Tensor]:
-    """One call of the forward kernel, with everything deferred; all that it writes."""
-    u, weight = operands(case, dtype)
-    after = convolutions.RAW
-    if not training:
-        c = u.y.shape[1]
-        after = {**after, "mean": torch.randn(c), "var": torch.rand(c) + 0.5, "OUT_ACT": 3, "eps": 1e-5}
-    y, found, pooled = depthwise.depthwise_forward(u, weight, stage_of(case), training, after, pool)
-    return [y, *([found.counts, found.moments] if found else []), *([pooled] if pool else [])]
-
-
-def backward(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Likewise of the backward kernel."""
-    (u, weight), stage = operands(case, dtype), stage_of(case)
-    (n, c), shape = u.y.shape[:2], stage.output_shape(u.y.shape, None)
-    dv, y = (channels_last(torch.randn(shape, dtype=dtype)) for _ in range(2))
-    a, b, d, scale, shift, mean, rstd = torch.randn(7, c).unbind(0)
-    gradient = Gradient(dv, Value(y, scale, shift, "relu6", torch.rand(n, c)), torch.randn(n, c), a, b, d)
-    norm = Norm(u.scale, u.shift, mean, rstd)
-    return list(depthwise.depthwise_backward(gradient, weight, stage, u, norm, None, True, True, True))
-
-
-def operands(case: Case, dtype: torch.dtype) -> tuple[Value, Tensor]:
-    torch.manual_seed(1)
-    n, c, *_ = case.shape
-    x, (k, _) = channels_last(torch.randn(case.shape, dtype=dtype)), case.stages[0].kernel
-    u = Value(x, *torch.randn(2, c).unbind(0), "hardswish", torch.rand(n, c))
-    return u, torch.randn(c, 1, k, k).to(dtype)
-
-
-def block(case: Case, way: Way) -> list[Tensor]:
-    """One call of the whole-block kernel, and one with a gate if the way has it."""
-    from mbn_kernels.backends.cuda import blocks
-
-    torch.manual_seed(1)
-    t = make_tensors(case).map(lambda v: v.to(torch.bfloat16))
-    stages = chain.parse(chain.chain_spec("c", [stage.spec(False) for stage in case.stages])).stages
-    part = slice(way.first, way.first + way.count)
-    x = channels_last(t.x if way.first == 0 else torch.randn(*case.shape[:1], 40, *case.shape[2:]).bfloat16())
-    out, pooled = blocks.inverted_residual(x, stages[part], t.stages[part], way, None)
-    if not way.gate_height:
-        return [out, *([] if pooled is None else [pooled])]
-    gate, own, tile = stages[1], t.stages[2], (way.gate_height, way.gate_width)
-    return [blocks.gated_project(out, pooled, gate, t.stages[1], stages[2], own, tile, None)]
-
-
-LARGE = Case("large", (3, 16, 11, 9), (dw(5, "relu"),))
-WIDE = Case(
-    "wide", (1, 64, 9, 9), (dw(5, "relu"),)
-)  # several warps a block; its last row lies where statistics are merged
-EDGE = Case(
-    "edge", (1, 64, 4, 9), (dw(3, "relu", padding=(4, 3, 1, 1)),)
-)  # rows of the output without one of the input
-WIDE_GATED = Case("gated", (1, 16, 6, 7), (pw(136, "relu"), dw(3, "relu", gate=GATE), pw(40)))
-#: What together waits at every barrier: by file, some calls that do.
-CALLS: dict[str, Callable[[], list[Tensor]]] = {
-    "forward": lambda: forward(LARGE),
-    "forward, evaluation": lambda: forward(LARGE, pool=True, training=False),
-    "forward, several warps": lambda: forward(WIDE),
-    "forward, nothing but padding": lambda: forward(EDGE),
-    "backward": lambda: backward(LARGE),
-    "backward, several warps": lambda: backward(WIDE),
-    "block": lambda: block(Case("b", (1, 16, 9, 9), (pw(72, "relu"), dw(3, "relu"), pw(24))), Way(0, 3, 4, 8)),
-    "block without expand": lambda: block(WHOLE[0], Way(1, 2, 4, 8)),
-    "block with squeeze-excite": lambda: block(GATED, Way(0, 2, 4, 4)),
-    "gate and project": lambda: block(WIDE_GATED, Way(0, 2, 4, 8, 4, 8)),
-}
-BARRIERS = [
-    (path.name, number)
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
-    for number, line in enumerate(path.read_text().splitlines(), 1)
-    if re.search(r"^\s+MBN_(BARRIER|WAIT_COPIES)\(", line)
-]
-
-
-def test_there_are_barriers() -> None:
-    assert len(BARRIERS) >= 12
-
-
-@pytest.mark.parametrize("file, line", BARRIERS, ids=str)
-def test_a_missing_barrier_is_noticed(host: Host, file: str, line: int) -> None:
-    """Each of them, left out, changes a result in one of the two orders: so the other tests would fail."""
-    noticed = reached = False
-    for call in CALLS.values():
-        for from_the_last in (False, True):
-            host.order(from_the_last)
-            expected = call()
-            host.skip(file, line)
-            try:
-                got = call()
-            except RuntimeError as error:
-                assert "barrier was not reached" in str(error)
-                got = []
-            reached |= host.skip()
-            pairs = zip(expected, got, strict=False)
-            noticed |= not got or not all(torch.equal(a, b) for a, b in pairs)
-    assert reached, "no call waits here"
-    assert noticed
-
-
-def test_same_bits_in_any_order(host: Host) -> None:
-    for call in CALLS.values():
-        host.order(False)
-        expected = call()
-        host.order(True)
-        assert all(torch.equal(a, b) for a, b in zip(expected, call(), strict=True))
-
-
-def calls_of_operators(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple]]:
-    """Arguments of every operator of the library, as the backend calls it."""
-    found: dict[str, list[tuple]] = {}
-    for name in schemas.CUDA_SCHEMAS:
-        operator = getattr(torch.ops.mbn, name).default
-
-        class Watched:
-            def __init__(self, name: str, operator: Callable) -> None:
-                self.name, self.operator = name, operator
-
-            def default(self, *args: object) -> None:
-                found.setdefault(self.name, []).append(args)
-                self.operator(*args)
-
-        monkeypatch.setattr(torch.ops.mbn, name, Watched(name, operator))
-    for call in CALLS.values():
-        call()
-    monkeypatch.undo()
-    return found
-
-
-def test_opcheck(host: Host) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        calls = calls_of_operators(patch)
-    assert calls.keys() == schemas.CUDA_SCHEMAS.keys()
-    for name, found in calls.items():
-        for args in found:
-            torch.library.opcheck(getattr(torch.ops.mbn, name).default, args)
-
-
-def wrong(value: object) -> Iterator[object]:
-    if isinstance(value, Tensor):
-        yield value[:-1]
-        yield torch.cat([value, value], value.dim() - 1)
-        yield value.to(torch.float64)
-        if value.numel() > 1:
-            yield torch.stack([value, value], -1)[..., 0]
-        yield value.new_zeros(0)
-    elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-        for i, t in enumerate(value):
-            yield from ([*value[:i], bad, *value[i + 1 :]] for bad in wrong(t))
-        yield value[:-1]
-    elif isinstance(value, list) and value and isinstance(value[0], int):
-        yield value[:-1]
-        yield [-1] * len(value)
-        yield [1 << 40] * len(value)
-    elif isinstance(value, int):
-        yield -1
-        yield 1 << 40
-
-
-def described(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)
-
-
-def test_operators_refuse_what_does_not_fit(host: Host) -> None:
-    """A tensor of a wrong shape, dtype or layout and a number out of range raise; nothing is written."""
-    with pytest.MonkeyPatch.context() as patch:
-        calls = calls_of_operators(patch)
-    accepted = []
-    for name, found in calls.items():
-        operator = getattr(torch.ops.mbn, name).default
-        for call, args in enumerate(found):
-            for i, argument in enumerate(args):
-                for bad in wrong(argument):
-                    host.launches()
-                    try:
-                        operator(*args[:i], bad, *args[i + 1 :])
-                    except (RuntimeError, TypeError) as error:
-                        assert host.launches() == 0, (name, i, error)
-                        continue
-                    # The padding at the bottom and at the right is whatever the output's size says.
-                    if not (isinstance(bad, Tensor) and bad.shape[:3] == argument.shape[:3] and bad.dim() == 4):
-                        accepted.append(f"{name}, call {call}, argument {i}: {described(bad)}")
-    assert not accepted, "\n".join(accepted)
-
-
-# AddressSanitizer -----------------------------------------------------------------------------------------------------
-
-
-def under_sanitizer(program: str) -> subprocess.CompletedProcess:
-    """Runs Python with AddressSanitizer's library, which has to be there before all others."""
-    runtime = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("the compiler has no libasan.so")
-    options = "detect_leaks=0:abort_on_error=0:exitcode=99:detect_stack_use_after_return=0"
-    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": options, SANITIZE: "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
-
-
-BEGIN = """
-import sys
-sys.path.insert(0, ".")
-import torch, test_cuda_host as tests
-torch.ops.load_library({library!r})
-for module in (tests.config, tests.launch):
-    module.multiprocessors = lambda device: 1
-"""
-CALL_EVERYTHING = """
-for dtype in (torch.float32, torch.bfloat16):
-    for case in tests.WINDOWS:
-        tests.forward(case, dtype)
-        tests.forward(case, dtype, pool=True, training=False)
-        tests.backward(case, dtype)
-for call in tests.CALLS.values():
-    call()
-print("all called")
-"""
-CALL_WITH_TOO_LITTLE_MEMORY = """
-operands = tests.operands
-def short(case, dtype):
-    u, weight = operands(case, dtype)
-    memory = u.y.untyped_storage()
-    memory.resize_(memory.nbytes() - 16)
-    return u, weight
-tests.operands = short
-tests.{call}(tests.LARGE)
-"""
-
-
-def test_no_access_out_of_bounds(host: Host) -> None:
-    """All kernels, on tensors and shared memory with a fence around."""
-    done = under_sanitizer(BEGIN.format(library=str(build(sanitize=True))) + CALL_EVERYTHING)
-    assert done.returncode == 0 and "all called" in done.stdout, done.stderr[-4000:]
-
-
-@pytest.mark.parametrize("call", ("forward", "backward"))
-def test_an_access_out_of_bounds_is_noticed(host: Host, call: str) -> None:
-    """A tensor whose memory ends 16 bytes before it does, which no operator can see."""
-    program = BEGIN.format(library=str(build(sanitize=True))) + CALL_WITH_TOO_LITTLE_MEMORY.format(call=call)
-    done = under_sanitizer(program)
-    assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]

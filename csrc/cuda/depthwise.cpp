@@ -101,6 +101,18 @@ void depthwise_backward(const Tensor& g_dv, const OptionalTensor& g_y, const Opt
   by_dtype(a, [&](auto tag) { run_depthwise_backward<typename decltype(tag)::type>(p, kernel, step, device.stream()); });
 }
 
+int64_t shared_of(int64_t itemsize, int64_t kernel, int64_t stride, int64_t vectors, int64_t groups, bool backward) {
+  constexpr const char* op = "cuda_depthwise_shared";
+  MBN_CHECK(has_window(kernel, stride), op, ": kernel: expected 3, 5 or 7 at stride 1 or 2, got ", kernel, " at ", stride);
+  MBN_CHECK(itemsize == 2 || itemsize == 4, op, ": itemsize: expected 2 or 4, got ", itemsize);
+  MBN_CHECK(vectors > 0 && groups > 0 && vectors * groups <= kMostThreads, op, ": vectors: expected a block of at most ", kMostThreads, " threads");
+  Share share{};
+  share.vectors = int(vectors);
+  share.groups = int(groups);
+  const auto of = itemsize == 4 ? &depthwise_shared<float> : &depthwise_shared<bfloat16>;
+  return int64_t(of(share, int(kernel), int(stride), backward));
+}
+
 }  // namespace
 }  // namespace mbn
 
@@ -109,5 +121,8 @@ STABLE_TORCH_LIBRARY_IMPL(mbn, MBN_DISPATCH_KEY, m) {
   m.impl("cuda_depthwise_backward", TORCH_BOX(&mbn::depthwise_backward));
 }
 
-// It takes no tensor whose device could choose a kernel.
-STABLE_TORCH_LIBRARY_IMPL(mbn, CompositeExplicitAutograd, m) { m.impl("cuda_missing", TORCH_BOX(&mbn::missing)); }
+// They take no tensor whose device could choose a kernel.
+STABLE_TORCH_LIBRARY_IMPL(mbn, CompositeExplicitAutograd, m) {
+  m.impl("cuda_missing", TORCH_BOX(&mbn::missing));
+  m.impl("cuda_depthwise_shared", TORCH_BOX(&mbn::shared_of));
+}

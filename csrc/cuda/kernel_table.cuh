@@ -53,6 +53,20 @@ void run_depthwise_backward<MBN_STORAGE>(const DepthwiseBackward& p, int kernel,
   });
 }
 
+template <>
+size_t depthwise_shared<MBN_STORAGE>(const Share& share, int kernel, int stride, bool backward) {
+  DepthwiseBackward p{};
+  p.share = share;
+  static float some;
+  p.g.of.y = p.dweight = &some;  // everything is read
+  size_t bytes = 0;
+  with_window(kernel, stride, [&](auto k, auto s) {
+    constexpr int K = decltype(k)::value, STRIDE = decltype(s)::value;
+    bytes = backward ? BackwardMemory<MBN_STORAGE, K, STRIDE>(p).end : depthwise_forward_shared<MBN_STORAGE, K, STRIDE>(share);
+  });
+  return bytes;
+}
+
 #if !defined(MBN_NO_BLOCKS)
 template <>
 void run_inverted_residual<MBN_STORAGE>(const InvertedResidual& p, int kernel, int stride, void* stream) {

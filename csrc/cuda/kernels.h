@@ -29,6 +29,9 @@ template <class S>
 void run_depthwise_forward(const DepthwiseForward& p, int kernel, int stride, void* stream);
 template <class S>
 void run_depthwise_backward(const DepthwiseBackward& p, int kernel, int stride, void* stream);
+// Bytes of shared memory that a block takes at most.
+template <class S>
+size_t depthwise_shared(const Share& share, int kernel, int stride, bool backward);
 // 16-bit storage only.
 template <class S>
 void run_inverted_residual(const InvertedResidual& p, int kernel, int stride, void* stream);

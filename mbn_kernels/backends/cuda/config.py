@@ -7,6 +7,8 @@ others differ in one thing each from the first: fewer threads, or half the rows.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..triton.config import Config
@@ -49,36 +51,52 @@ def _block(channels: int, columns: int, halo: float, dtype: torch.dtype, threads
     return vectors, groups
 
 
-def depthwise(
-    images: int,
-    channels: int,
-    steps: int,
-    columns: int,
-    each: int,
-    halo: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[Config]:
-    """``columns`` and ``steps`` of rows are to be covered, ``each`` columns by a thread; ``halo``: what a tile of one
-    group reads beyond its own, as a part of that.
-    """
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; where there is no GPU, on the smallest from sm_80 on."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+class Work(NamedTuple):
+    """What a depthwise kernel has to cover: ``steps`` of rows by ``columns``, ``each`` of these by a thread."""
+
+    images: int
+    channels: int
+    steps: int
+    columns: int
+    each: int
+    window: tuple[int, int]  # its size and stride
+    backward: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def depthwise(work: Work) -> list[Config]:
+    kernel, stride = work.window
+    read_twice = (kernel - 1) // stride if work.backward else (kernel - stride) / stride
     found = []
     for threads in (_BLOCK, _BLOCK // 2, _BLOCK * 3 // 4):
-        vectors, groups = _block(channels, cdiv(columns, each), halo, dtype, threads)
-        own = vectors * (channel_vector(dtype) // 2) * groups
-        blocks = images * cdiv(channels, vectors * channel_vector(dtype)) * cdiv(columns, groups * each)
-        strip = steps
-        while strip > 4 and blocks * cdiv(steps, strip) * own < _RESIDENT * multiprocessors(device):
+        columns = cdiv(work.columns, work.each)
+        vectors, groups = _block(work.channels, columns, read_twice / work.each, work.dtype, threads)
+        itemsize = work.dtype.itemsize
+        bytes = torch.ops.mbn.cuda_depthwise_shared(itemsize, kernel, stride, vectors, groups, work.backward)
+        if bytes > shared_limit(work.device):
+            continue
+        own = vectors * (channel_vector(work.dtype) // 2) * groups
+        blocks = work.images * cdiv(work.channels, vectors * channel_vector(work.dtype)) * cdiv(columns, groups)
+        strip = work.steps
+        while strip > 4 and blocks * cdiv(work.steps, strip) * own < _RESIDENT * multiprocessors(work.device):
             strip = cdiv(strip, 2)
         found += [Config({"vectors": vectors, "groups": groups}, strip=s) for s in (strip, max(strip // 2, 1))]
     ordered = found[::2] + found[1::2]
     return [c for i, c in enumerate(ordered) if c not in ordered[:i]]
 
 
-def shared(tile: Config, images: int, channels: int, steps: int, columns: int, each: int, dtype, device) -> Groups:
+def shared(tile: Config, work: Work) -> Groups:
     """Which block takes what: groups whose "pixels" are units, strips of a tile of columns."""
-    vectors, groups = tile.blocks["vectors"], tile.blocks["groups"]
-    units = cdiv(steps, tile.strip) * cdiv(columns, groups * each)
-    threads = cdiv(vectors * (channel_vector(dtype) // 2) * groups, 32) * 32
-    slices = cdiv(channels, vectors * channel_vector(dtype))
-    return share(device, images, units, units, slices, programs=max(_RESIDENT // threads, 1))
+    vectors, groups, vector = tile.blocks["vectors"], tile.blocks["groups"], channel_vector(work.dtype)
+    units = cdiv(work.steps, tile.strip) * cdiv(work.columns, groups * work.each)
+    threads = cdiv(vectors * (vector // 2) * groups, 32) * 32
+    slices = cdiv(work.channels, vectors * vector)
+    return share(work.device, work.images, units, units, slices, programs=max(_RESIDENT // threads, 1))

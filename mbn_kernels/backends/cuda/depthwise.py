@@ -17,7 +17,7 @@ from ..triton.elementwise import empty_sums
 from ..triton.launch import ALIGNED, Groups, cdiv, vectors
 from ..triton.norm import Statistics
 from . import config
-from .config import TRITON
+from .config import TRITON, Work
 
 _GRADIENT = ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")
 
@@ -42,10 +42,10 @@ def fits(stage: Stage, *tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % ALIGNED == 0 for t in tensors)
 
 
-def _plan(tile: Config, shape: torch.Size, steps: int, columns: int, each: int, dtype, device) -> Plan:
+def _plan(tile: Config, work: Work) -> Plan:
     if tile == TRITON:
         return Plan(None, None)
-    groups = config.shared(tile, shape[0], shape[1], steps, columns, each, dtype, device)
+    groups = config.shared(tile, work)
     share = [tile.blocks["vectors"], tile.blocks["groups"], tile.strip, groups.parts, groups.run, groups.span]
     return Plan(groups, share)
 
@@ -55,15 +55,13 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
     if not fits(stage, u.y, after["residual"]):
         return convolutions.depthwise_forward(u, weight, stage, statistics, after, pool)
     shape, (kernel, _), (stride, _) = stage.output_shape(u.y.shape, None), stage.kernel, stage.stride
-    sizes = shape[2], shape[3], config.FORWARD_COLUMNS
-    kind = u.y.dtype, u.y.device
+    work = Work(*shape, config.FORWARD_COLUMNS, (kernel, stride), False, u.y.dtype, u.y.device)
 
     def tiles() -> list[Config]:
-        halo = (kernel - stride) / (stride * sizes[2])
-        return [*config.depthwise(*shape[:2], *sizes, halo, *kind), TRITON]
+        return [*config.depthwise(work), TRITON]
 
     def plan(tile: Config) -> Plan:
-        return _plan(tile, shape, *sizes, *kind)
+        return _plan(tile, work)
 
     def run(plan: Plan):
         if plan.share is None:
@@ -95,14 +93,14 @@ def depthwise_backward(
         return convolutions.depthwise_backward(g, weight, stage, u, norm_of, residual, *wants)
     (kernel, _), (stride, _), corner = stage.kernel, stage.stride, (stage.padding[0], stage.padding[2])
     steps = [cdiv(size + before, stride) - before // stride for size, before in zip(u.y.shape[2:], corner, strict=True)]
-    sizes, kind = (*steps, config.backward_columns(kernel, stride)), (u.y.dtype, u.y.device)
+    covered = (*u.y.shape[:2], *steps, config.backward_columns(kernel, stride))
+    work = Work(*covered, (kernel, stride), True, u.y.dtype, u.y.device)
 
     def tiles() -> list[Config]:
-        halo = ((kernel - 1) // stride) / sizes[2]
-        return [*config.depthwise(*u.y.shape[:2], *sizes, halo, *kind), TRITON]
+        return [*config.depthwise(work), TRITON]
 
     def plan(tile: Config) -> Plan:
-        return _plan(tile, u.y.shape, *sizes, *kind)
+        return _plan(tile, work)
 
     def run(plan: Plan):
         if plan.share is None:

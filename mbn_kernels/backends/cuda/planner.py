@@ -23,6 +23,7 @@ import torch
 from ...chain import Stage
 from ..triton.config import Config
 from ..triton.launch import cdiv, multiprocessors
+from .config import shared_limit
 
 #: csrc/cuda/kernels.h and inverted_residual_memory.h: expanded channels at a time, threads, neighbouring pixels.
 _CHUNK, _THREADS, _RUN = 32, 256, 4
@@ -176,10 +177,8 @@ def seconds(way: Way, stages: Sequence[Stage], sizes: Sizes, device: torch.devic
 
 
 def _shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have: on an A100 or H100 half a multiprocessor's, as two should fit."""
-    if device.type != "cuda":
-        return 99 * 1024
-    return min(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, 113 * 1024)
+    """At most half of what a multiprocessor of an H100 has: two blocks should fit."""
+    return min(shared_limit(device), 113 * 1024)
 
 
 def ways(stages: tuple[Stage, ...], sizes: Sizes, residual: bool, device: torch.device) -> list[Way]:
