@@ -50,7 +50,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The tables of test_triton_compiled.py and test_cuda_compiled.py: what the compiled kernels take of each GPU."""
+    """The tables of test_triton_compiled.py, test_cuda_compiled.py and test_cuda_host.py: what kernels take."""
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
     recorded = [each for report in reports for each in getattr(report, "user_properties", ())]
     rows = [v for name, v in recorded if name == "triton"]
@@ -68,6 +68,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for kernel in kernels:
         each = (f"{row[1]:>6}:" + "".join(f"{n:>5}" for n in row[2:]) for row in rows if row[0] == kernel)
         terminalreporter.write_line(f"{kernel:<{width}}{''.join(each)}")
+    shared = sorted(tuple(v) for name, v in recorded if name == "cuda_shared")
+    if shared:
+        terminalreporter.section(
+            "CUDA kernels: bytes of shared memory of a block, at most, in the networks at batch 256"
+        )
+    for kernel, taken in dict(shared).items():
+        terminalreporter.write_line(f"{kernel:<{max(len(name) for name, _ in shared)}}{taken:>8}")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ Small maps of few channels: several units a block, several blocks, and tails eve
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -16,11 +17,12 @@ from oracle import ACTS, Case, Tensors, compare_case, dw, fused_chain, hold, mak
 from torch import Tensor
 
 from mbn_kernels import chain
-from mbn_kernels.backends.cuda import config, planner
+from mbn_kernels.backends.cuda import config, depthwise, planner
 from mbn_kernels.backends.cuda.kernels import CudaKernels
 from mbn_kernels.backends.cuda.planner import Way
 from mbn_kernels.backends.triton import launch
 from mbn_kernels.chain import Value
+from mbn_kernels.models.tables import NETWORKS, layer_shapes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
@@ -238,6 +240,21 @@ def test_the_planner_weighs_bytes_work_and_starts(
     found = planner.ways(stages, sizes, True, torch.device("cpu"))
     assert found[0].count == count and Way() in found
     assert all(way.height * way.width <= planner._MOST_PIXELS for way in found)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_two_blocks_fit_in_shared_memory(record_property: Callable, network: str, dtype: torch.dtype) -> None:
+    """Of an H100's multiprocessor, for each depthwise layer at batch 256, in the tile that is tried first."""
+    for layer in set(layer_shapes(network)):
+        stage = stage_of(Case("layer", (1, 8, 7, 7), (dw(layer.k, "relu", stride=layer.s),)))
+        shape = (256, layer.exp_channels, layer.height, layer.width)
+        for of in (depthwise.forward_work, depthwise.backward_work):
+            work = of(shape, stage, dtype, torch.device("cpu"))
+            taken = config.shared_bytes(work, *config.depthwise(work)[0].blocks.values())
+            assert 2 * (taken + 1024) <= 228 * 1024
+            name = f"depthwise_{'backward' if work.backward else 'forward'}<{str(dtype)[6:]}, {layer.k}, {layer.s}>"
+            record_property("cuda_shared", [name, taken])
 
 
 def test_widths_are_those_of_the_library() -> None:

@@ -72,6 +72,12 @@ class Work(NamedTuple):
     device: torch.device
 
 
+def shared_bytes(work: Work, vectors: int, groups: int) -> int:
+    """Of shared memory, that a block takes."""
+    itemsize = work.dtype.itemsize
+    return torch.ops.mbn.cuda_depthwise_shared(itemsize, *work.window, vectors, groups, work.backward)
+
+
 def depthwise(work: Work) -> list[Config]:
     kernel, stride = work.window
     read_twice = (kernel - 1) // stride if work.backward else (kernel - stride) / stride
@@ -79,9 +85,7 @@ def depthwise(work: Work) -> list[Config]:
     for threads in (_BLOCK, _BLOCK // 2, _BLOCK * 3 // 4):
         columns = cdiv(work.columns, work.each)
         vectors, groups = _block(work.channels, columns, read_twice / work.each, work.dtype, threads)
-        itemsize = work.dtype.itemsize
-        bytes = torch.ops.mbn.cuda_depthwise_shared(itemsize, kernel, stride, vectors, groups, work.backward)
-        if bytes > shared_limit(work.device):
+        if shared_bytes(work, vectors, groups) > shared_limit(work.device):
             continue
         own = vectors * (channel_vector(work.dtype) // 2) * groups
         blocks = work.images * cdiv(work.channels, vectors * channel_vector(work.dtype)) * cdiv(columns, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,12 +51,24 @@ def _plan(tile: Config, work: Work) -> Plan:
     return Plan(groups, share)
 
 
+def forward_work(shape: Sequence[int], stage: Stage, dtype: torch.dtype, device: torch.device) -> Work:
+    """What there is to do for an input of this shape."""
+    window = stage.kernel[0], stage.stride[0]
+    return Work(*stage.output_shape(shape, None), config.FORWARD_COLUMNS, window, False, dtype, device)
+
+
+def backward_work(shape: Sequence[int], stage: Stage, dtype: torch.dtype, device: torch.device) -> Work:
+    (kernel, _), (stride, _) = stage.kernel, stage.stride
+    before = stage.padding[0], stage.padding[2]
+    steps = [cdiv(size + pad, stride) - pad // stride for size, pad in zip(shape[2:], before, strict=True)]
+    return Work(*shape[:2], *steps, config.backward_columns(kernel, stride), (kernel, stride), True, dtype, device)
+
+
 def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, after: dict, pool: bool):
     """(y, its statistics, parts of its mean over each image), as :func:`convolutions.depthwise_forward`."""
     if not fits(stage, u.y, after["residual"]):
         return convolutions.depthwise_forward(u, weight, stage, statistics, after, pool)
-    shape, (kernel, _), (stride, _) = stage.output_shape(u.y.shape, None), stage.kernel, stage.stride
-    work = Work(*shape, config.FORWARD_COLUMNS, (kernel, stride), False, u.y.dtype, u.y.device)
+    shape, work = stage.output_shape(u.y.shape, None), forward_work(u.y.shape, stage, u.y.dtype, u.y.device)
 
     def tiles() -> list[Config]:
         return [*config.depthwise(work), TRITON]
@@ -71,7 +84,7 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
         pooled = vectors(y, shape[0], plan.groups.parts, shape[1]) if pool else None
         torch.ops.mbn.cuda_depthwise_forward.default(
             *(u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code),
-            *(weight, stride, [stage.padding[0], stage.padding[2]]),
+            *(weight, stage.stride[0], [stage.padding[0], stage.padding[2]]),
             *((found.counts, found.moments) if found else (None, None)),
             *(after[name] for name in ("mean", "var", "bn_weight", "bias")),
             *(after["eps"], after["OUT_ACT"], after["residual"], pooled, plan.share, y),
@@ -91,10 +104,7 @@ def depthwise_backward(
     wants = want_du, want_sums, want_dweight
     if not fits(stage, u.y, g.dv, g.of.y, residual):
         return convolutions.depthwise_backward(g, weight, stage, u, norm_of, residual, *wants)
-    (kernel, _), (stride, _), corner = stage.kernel, stage.stride, (stage.padding[0], stage.padding[2])
-    steps = [cdiv(size + before, stride) - before // stride for size, before in zip(u.y.shape[2:], corner, strict=True)]
-    covered = (*u.y.shape[:2], *steps, config.backward_columns(kernel, stride))
-    work = Work(*covered, (kernel, stride), True, u.y.dtype, u.y.device)
+    work = backward_work(u.y.shape, stage, u.y.dtype, u.y.device)
 
     def tiles() -> list[Config]:
         return [*config.depthwise(work), TRITON]
@@ -115,7 +125,7 @@ def depthwise_backward(
                 for name in ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")
             ),
             *(u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code),
-            *(stride, list(corner), plan.share, weight, residual),
+            *(stage.stride[0], [stage.padding[0], stage.padding[2]], plan.share, weight, residual),
             *((norm_of.mean, norm_of.rstd) if norm_of else (None, None)),
             *(du, sums, parts),
         )
