@@ -48,11 +48,12 @@ def _compile(folder: Path, edits: tuple[tuple[str, str, str], ...], sanitize: bo
         file = sources / "cuda" / name
         assert file.read_text().count(text) == 1, f"{name}: {text!r}"
         file.write_text(file.read_text().replace(text, instead))
-    include = [sources, sources / "cuda", HOST, Path(torch.__file__).parent / "include"]
+    include = ["-I" + str(path) for path in (sources, sources / "cuda", HOST)]
+    include += ["-isystem", str(Path(torch.__file__).parent / "include")]  # whose warnings are not ours
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-DMBN_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, *(f"-I{path}" for path in include)]
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, *include]
 
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}-{source.suffix[1:]}.o"

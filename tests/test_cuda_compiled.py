@@ -132,15 +132,17 @@ def faults(kernel: Kernel, storage: str) -> list[str]:
         found.append(f"{wide} of {copies} copies to shared memory are of 16 bytes")
     if k is not None and kernel.products < 2 * k * k * COLUMNS:
         found.append(f"{kernel.products} products: a window is not unrolled")
-    if kernel.products <= (multiplied := kernel.count(r"FMUL2?\b.*")):
+    if k is not None and kernel.products <= (multiplied := kernel.count(r"FMUL2?\b.*")):
         found.append(f"{multiplied} multiplications without a sum, and {kernel.products} with one")
     if kernel.name.startswith("inverted_residual") and storage != "float32":
         found += [f"no {name}" for name in ("HMMA.16816", "LDSM") if not kernel.count(rf"{re.escape(name)}\b.*")]
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("storage", STORAGES)
+# float16 is bfloat16 with other conversions: one GPU is enough.
+@pytest.mark.parametrize(
+    "storage, architecture", [(s, a) for s in STORAGES for a in ARCHITECTURES if s != "float16" or a == 90]
+)
 def test_kernels(storage: str, architecture: int, tmp_path: Path, record_property) -> None:
     """All that is checked of one compilation, which takes seconds."""
     kernels = compiled(storage, architecture, tmp_path)

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
 import pytest
 import stock
 import torch
 from test_blocks import MODES, pair
-from test_cuda import block, full_precision, images, results  # noqa: F401 (a fixture of all tests here)
+from test_cuda import block, full_precision, images, on_each, on_triton, only, results  # noqa: F401 (fixtures, too)
 from test_memory import bytes_of, in_place, saved_for_backward
 from torch import Tensor, nn
 
-from mbn_kernels import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct, available_backends, use_backend
+from mbn_kernels import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
 from mbn_kernels.models.tables import BlockShape, layer_shapes
 
 pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True)
-def on_triton() -> Iterator[None]:
-    reason = available_backends()["triton"]
-    if reason != "available":
-        pytest.skip(reason)
-    with use_backend("triton"):
-        yield
+ON_TRITON = pytest.mark.usefixtures("on_triton")
 
 
 # Layouts ------------------------------------------------------------------------------------------------------------
@@ -49,6 +40,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @MODES
+@pytest.mark.usefixtures("on_each")
 def test_any_layout(layout: str, dtype: torch.dtype, training: bool) -> None:
     """What channels-last gives; narrower loads may add up in another order."""
     module, x = block(dtype).train(training), LAYOUTS[layout](images(dtype=dtype))
@@ -79,6 +71,7 @@ def channels_last(*shape: int) -> Tensor:
 
 
 @BY_BLOCK
+@ON_TRITON
 def test_bytes_saved(shape: BlockShape) -> None:
     x = channels_last(BATCH, shape.in_channels, shape.height, shape.width).requires_grad_()
     fused, *twins = (bytes_of(saved_for_backward(lambda m=m: m(x), m)[1]) for m in modules(shape))
@@ -99,6 +92,7 @@ def peak(module: nn.Module, x: Tensor, gradient: Tensor) -> int:
 
 
 @BY_BLOCK
+@ON_TRITON
 def test_peak_of_a_training_step(shape: BlockShape) -> None:
     """Not above stock's, but for partial sums: without an expansion both have five tensors of the block's at once."""
     x = channels_last(BATCH, shape.in_channels, shape.height, shape.width).requires_grad_()
@@ -111,18 +105,54 @@ def test_peak_of_a_training_step(shape: BlockShape) -> None:
 # Beyond 31 bits -------------------------------------------------------------------------------------------------------
 
 STAGES = {"pointwise": lambda: FusedPointwiseConvBNAct(16, 16), "depthwise": lambda: FusedDepthwiseConvBNAct(16, 3)}
+BY_STAGE = pytest.mark.parametrize(
+    "conv, backend", (("pointwise", "triton"), ("depthwise", "triton"), ("depthwise", "cuda"))
+)
+#: The last image begins at number 2**31, and so at byte 2**32.
+HUGE = 33, 16, 2048, 2048
+ENDS = 0, 32
 
 
-@pytest.mark.parametrize("conv", STAGES)
-@torch.no_grad()
-def test_beyond_31_bits(conv: str) -> None:
-    """The last image begins at number 2**31."""
-    shape = 33, 16, 2048, 2048
+def needs_tensors(count: int) -> None:
+    """Skips where the GPU has not the memory for so many of them."""
     torch.cuda.empty_cache()
-    needed, free = 2 * 2 * prod(shape) + 2**31, torch.cuda.mem_get_info()[0]
+    needed, free = count * 2 * prod(HUGE) + 2**31, torch.cuda.mem_get_info()[0]
     if free < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of the GPU's memory, of which {free / 2**30:.0f} are free")
-    module, x = stock.randomize(STAGES[conv]()).to("cuda", torch.bfloat16).eval(), channels_last(*shape)
-    out = module(x)
-    for image in (slice(0, 1), slice(32, 33)):
-        torch.testing.assert_close(out[image], module(x[image]), rtol=2**-6, atol=2**-6)
+
+
+def stage(conv: str) -> nn.Module:
+    return stock.randomize(STAGES[conv]()).to("cuda", torch.bfloat16).eval()
+
+
+def ends(t: Tensor) -> Tensor:
+    """The first and the last image alone."""
+    return torch.stack([t[i] for i in ENDS]).contiguous(memory_format=torch.channels_last)
+
+
+@BY_STAGE
+@torch.no_grad()
+def test_beyond_31_bits(conv: str, backend: str) -> None:
+    needs_tensors(2)
+    with only(backend):
+        module, x = stage(conv), channels_last(*HUGE)
+        out = module(x)
+        torch.testing.assert_close(ends(out), module(ends(x)), rtol=2**-6, atol=2**-6)
+
+
+@BY_STAGE
+def test_gradients_beyond_31_bits(conv: str, backend: str) -> None:
+    """Only two images have a gradient: those of the parameters are what a call with these alone gives."""
+    needs_tensors(6)
+    with only(backend):
+        module, x = stage(conv), channels_last(*HUGE).requires_grad_()
+        dout = torch.zeros_like(x)
+        for i in ENDS:
+            dout[i].normal_()
+        dx, *grads = torch.autograd.grad(module(x), [x, *module.parameters()], dout)
+        few = ends(x.detach()).requires_grad_()
+        expected, *others = torch.autograd.grad(module(few), [few, *module.parameters()], ends(dout))
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(ends(dx), expected, rtol=2**-6, atol=2**-6)
+        assert not any(dx[i].any() for i in range(*ENDS) if i not in ENDS)
+        stock.assert_same(grads, others, 2**-6)

@@ -24,6 +24,8 @@ def load():
     _, missing = triton.load()
     if missing:
         return None, missing
+    if not torch.cuda.is_available():
+        return None, "there is no GPU that torch can use"
     capability = torch.cuda.get_device_capability()
     if torch.version.hip or capability < OLDEST:
         return None, f"expected an NVIDIA GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, got {capability}"

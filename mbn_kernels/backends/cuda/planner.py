@@ -4,8 +4,8 @@ A *way* runs a chain's stages one by one but for one run of them, which is fused
 depthwise and project; or expand and depthwise, where squeeze-excite follows. The gate of squeeze-excite is made and
 applied by the kernel of the stage behind it, or by kernels of its own. The estimate of a way is the sum over its
 kernels of a start and the longer of two times: that to move its bytes, and, of a fused kernel, that to issue its
-instructions. It orders the ways; where shapes are tuned (:mod:`mbn_kernels.backends.triton.tuning`), the first few are
-measured and the fastest is taken.
+instructions. It orders the ways; where shapes are tuned (:mod:`mbn_kernels.backends.triton.tuning`), the first tiles of
+each kind of way are measured and the fastest is taken.
 
 The rates are those of an H100's data sheet with guesses of what kernels reach of them: not measured yet. ``python -m
 benchmarks.gpu`` prints each estimate beside what was measured.
@@ -30,8 +30,8 @@ _CHUNK, _THREADS, _RUN = 32, 256, 4
 _MOST_PIXELS = 128
 #: Instructions for each number that a stage makes: normalise, activate, round, store.
 _ELEMENT = 7
-#: How many ways are worth measuring.
-_MEASURED = 6
+#: Tiles of each kind of way that are worth measuring.
+_MEASURED = 2
 _HEIGHTS, _WIDTHS = (4, 7, 8, 14, 16), (4, 7, 8, 12, 14, 16, 28)
 
 
@@ -59,6 +59,11 @@ class Way(NamedTuple):
     width: int = 0
     gate_height: int = 0
     gate_width: int = 0
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """What it fuses, in whatever tile."""
+        return self.first, self.count, bool(self.gate_height)
 
     def config(self) -> Config:
         return Config(self._asdict())
@@ -195,7 +200,11 @@ def ways(stages: tuple[Stage, ...], sizes: Sizes, residual: bool, device: torch.
         way._replace(gate_height=h, gate_width=w) for way in fused for h, w in _gate_tiles(way, stages, sizes, device)
     ]
     ordered = sorted(found, key=lambda way: seconds(way, stages, sizes, device))
-    return [way for i, way in enumerate(ordered) if i < _MEASURED or way == Way()]
+    kept: list[Way] = []
+    for way in ordered:
+        if sum(other.kind == way.kind for other in kept) < _MEASURED:
+            kept.append(way)
+    return kept
 
 
 def _gate_tiles(way: Way, stages: tuple[Stage, ...], sizes: Sizes, device: torch.device) -> list[tuple[int, int]]:
