@@ -138,12 +138,23 @@ def test_operators_refuse_what_does_not_fit(host: Host) -> None:
 
 
 def under_sanitizer(program: str) -> subprocess.CompletedProcess:
-    """Runs Python with AddressSanitizer's library, which has to be there before all others."""
-    runtime = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("the compiler has no libasan.so")
+    """Runs Python with AddressSanitizer's library, which has to be there before all others, and C++'s, of which it
+    looks for a part when it starts.
+    """
+    libraries = [
+        subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("the compiler has no libasan.so, or no libstdc++.so.6")
     options = "detect_leaks=0:abort_on_error=0:exitcode=99:detect_stack_use_after_return=0"
-    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": options, SANITIZE: "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": options,
+        SANITIZE: "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", program]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
 
