@@ -6,15 +6,10 @@ The CUDA backend's tests are those of what is its own: the depthwise convolution
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import stock
@@ -77,14 +72,14 @@ def needs_triton() -> None:
     need("triton")
 
 
-@pytest.fixture
-def on_triton() -> Iterator[None]:
+@pytest.fixture(name="on_triton")
+def triton_alone() -> Iterator[None]:
     with only("triton"):
         yield
 
 
-@pytest.fixture
-def on_cuda() -> Iterator[None]:
+@pytest.fixture(name="on_cuda")
+def cuda_alone() -> Iterator[None]:
     with only("cuda"):
         yield
 
@@ -107,8 +102,8 @@ class Counted:
         self.operator(*args)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+@pytest.fixture(name="calls")
+def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each operator of the CUDA library was called: it leaves to Triton what it has no kernel for."""
     found: Counter[str] = Counter()
     for name in CUDA_SCHEMAS:
@@ -146,6 +141,22 @@ def results_and_evaluation(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
     assert [torch.equal(a, b) for a, b in zip(got, expected, strict=True)] == [True] * len(expected)
+
+
+def choose_ways(monkeypatch: pytest.MonkeyPatch, choose: Callable[[list], list]) -> None:
+    """From now on only those ways are there that ``choose`` leaves of all that fit, the likely best first."""
+    from mbn_kernels.backends.cuda import planner
+    from mbn_kernels.backends.triton import tuning
+
+    ways = planner.ways
+    monkeypatch.setattr(planner, "_MEASURED", 1 << 20)
+    monkeypatch.setattr(planner, "ways", lambda *args: choose(ways(*args)))
+    monkeypatch.setattr(tuning, "_plans", {})  # of the way that was chosen before
+
+
+def prefer_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that fuses most runs, whatever its estimate."""
+    choose_ways(monkeypatch, lambda ways: sorted(ways, key=lambda way: -way.count - bool(way.gate_height)))
 
 
 # Against the oracle ---------------------------------------------------------------------------------------------------
@@ -407,123 +418,6 @@ def test_compiled(on_triton, training: bool) -> None:
             stock.assert_same([torch.compile(module, fullgraph=True)(x)], [module(x)])
 
 
-# The CUDA backend's own -----------------------------------------------------------------------------------------------
-
-
-def choose_ways(monkeypatch: pytest.MonkeyPatch, choose: Callable[[list], list]) -> None:
-    """From now on only those ways are there that ``choose`` leaves of all that fit, the likely best first."""
-    from mbn_kernels.backends.cuda import planner
-    from mbn_kernels.backends.triton import tuning
-
-    ways = planner.ways
-    monkeypatch.setattr(planner, "_MEASURED", 1 << 20)
-    monkeypatch.setattr(planner, "ways", lambda *args: choose(ways(*args)))
-    monkeypatch.setattr(tuning, "_plans", {})  # of the way that was chosen before
-
-
-def likely_ways(module: nn.Module, x: Tensor) -> list:
-    """Ways to evaluate a block on x: the six likely best, and the likely best of every kind."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        choose_ways(patch, lambda ways: found.extend(ways) or ways)
-        module(x)
-    kinds = [way.kind for way in found]
-    return [way for i, way in enumerate(found) if i < 6 or kinds.index(kinds[i]) == i]
-
-
-def prefer_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way that fuses most runs, whatever its estimate."""
-    choose_ways(monkeypatch, lambda ways: sorted(ways, key=lambda way: -way.count - bool(way.gate_height)))
-
-
-@pytest.mark.parametrize("batch", (1, 32))
-@pytest.mark.parametrize("shape", REAL, ids=REAL.get)
-@torch.no_grad()
-def test_every_way_to_evaluate_a_block(on_cuda, calls: Counter, shape: BlockShape, batch: int) -> None:
-    """Not only in the way that the planner puts first: another may be the fastest where shapes are tuned."""
-    dtype = torch.bfloat16
-    fused, twin = (m.to("cuda", dtype).eval() for m in pair(shape))
-    fused.load_state_dict(stock.randomize(twin).state_dict())
-    x = 0.3 + torch.randn(batch, shape.in_channels, shape.height, shape.width, device="cuda")
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    state = {name: t for name, t in twin.state_dict().items() if t.is_floating_point()}
-    got = {}
-    for way in likely_ways(fused, x):
-        with pytest.MonkeyPatch.context() as patch:
-            choose_ways(patch, lambda _, way=way: [way])
-            calls.clear()
-            got[str(way)] = fused(x)
-            assert calls["cuda_inverted_residual"] == bool(way.count)
-            assert calls["cuda_gated_project"] == bool(way.gate_height)
-            assert torch.equal(fused(x), got[str(way)])
-
-    def by_stock(t: Tensors) -> dict[str, Tensor]:
-        module = copy.deepcopy(twin).to(t.x.dtype)
-        module.load_state_dict(t.stages[0], strict=False)
-        return dict.fromkeys(got, module(t.x))
-
-    hold(got, by_stock, Tensors(x, [state]), dtype)
-
-
-def test_most_blocks_can_be_fused(on_cuda) -> None:
-    """Else the test above would compare little. V1's wide outputs do not fit."""
-
-    def fuses(b: BlockShape) -> bool:
-        x = torch.zeros(1, b.in_channels, b.height, b.width, dtype=torch.bfloat16, device="cuda")
-        return any(way.count or way.gate_height for way in likely_ways(pair(b)[0].to(x.device, x.dtype).eval(), x))
-
-    assert sum(map(fuses, REAL)) >= 0.75 * len(REAL)
-
-
-@BY_DTYPE
-@pytest.mark.parametrize("tile", range(6))
-@pytest.mark.parametrize("case", (CASES[0], CASES[1], CASES[3]), ids=str)
-def test_every_tile_of_a_depthwise_kernel(
-    on_cuda, calls: Counter, monkeypatch: pytest.MonkeyPatch, case: Case, tile: int, dtype: torch.dtype
-) -> None:
-    """Likewise."""
-    from mbn_kernels.backends.cuda import config
-    from mbn_kernels.backends.triton import tuning
-
-    tiles = config.depthwise
-
-    def one_of_them(*args: object) -> list:
-        found = tiles(*args)
-        return [found[tile % len(found)]]
-
-    monkeypatch.setattr(config, "depthwise", one_of_them)
-    monkeypatch.setattr(tuning, "_plans", {})
-    compare_case(fused_chain, case, dtype, True, change=to_cuda)
-    assert calls["cuda_depthwise_forward"] and calls["cuda_depthwise_backward"]
-
-
-@pytest.mark.parametrize("whole", (False, True), ids=("as planned", "whole blocks"))
-@torch.no_grad()
-def test_graph_of_all_blocks_of_a_network(
-    on_cuda, calls: Counter, monkeypatch: pytest.MonkeyPatch, whole: bool
-) -> None:
-    """The same bits as without a graph. The stem and the classifier are PyTorch's own."""
-    if whole:
-        prefer_whole_blocks(monkeypatch)
-    net = stock.randomize(models.mobilenet_v3_large(num_classes=10)).to("cuda", torch.bfloat16).eval()
-    stem = net.conv1(torch.randn(2, 3, 224, 224, dtype=torch.bfloat16, device="cuda"))
-
-    def run() -> Tensor:
-        return net.last_conv(net.blocks(stem))
-
-    warm_up(run)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    assert calls["cuda_inverted_residual"] and calls["cuda_gated_project"] if whole else calls
-    for _ in range(2):
-        stem.copy_(torch.randn_like(stem))
-        graph.replay()
-        got = out.clone()
-        assert got.isfinite().all() and got.count_nonzero() > got.numel() / 4
-        assert torch.equal(got, run())
-
-
 # Mixed precision ------------------------------------------------------------------------------------------------------
 
 
@@ -579,86 +473,3 @@ def test_training_step(on_triton, make) -> None:
             optimizer.step()
             losses.append(loss.item())
     torch.testing.assert_close(losses[:2], losses[2:], rtol=2e-3, atol=2e-3)
-
-
-# Tuning ---------------------------------------------------------------------------------------------------------------
-
-# A step of a block in a process of its own: its tensors and the tile sizes that it ran with, as files.
-STEP = """
-import json, sys
-import torch
-from mbn_kernels import FusedDepthwiseSeparable, use_backend
-from mbn_kernels.backends.triton import tuning
-
-use_backend(sys.argv[3])
-used, choose = {}, tuning._choose
-
-def watched(key, *rest):
-    used[str(key)] = chosen = choose(key, *rest)
-    return chosen
-
-tuning._choose = watched
-torch.manual_seed(0)
-block = FusedDepthwiseSeparable(16, 24).cuda()
-x = torch.randn(4, 16, 14, 14, device="cuda", requires_grad=True)
-out = block(x)
-out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape))
-found = [out, x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
-torch.save([t.detach().cpu() for t in found], sys.argv[1])
-json.dump({key: chosen._asdict() for key, chosen in used.items()}, open(sys.argv[2], "w"))
-"""
-
-
-def step_in_a_process(folder: Path, cache: Path, tune: str, backend: str) -> tuple[list[Tensor], dict]:
-    """(the step's tensors, the tile size used for each key)."""
-    folder.mkdir()
-    files = folder / "tensors.pt", folder / "used.json"
-    environment = os.environ | {"MBN_CACHE_DIR": str(cache), "MBN_TRITON_TUNE": tune}
-    subprocess.run([sys.executable, "-c", STEP, *map(str, files), backend], env=environment, check=True)
-    return torch.load(files[0]), json.loads(files[1].read_text())
-
-
-@pytest.mark.parametrize("backend", ("triton", "cuda"))
-def test_tuned_once_and_read_by_the_next_process(backend: str, tmp_path: Path) -> None:
-    need(backend)
-    cache = tmp_path / "cache"
-    expected, tuned = step_in_a_process(tmp_path / "first", cache, "1", backend)
-    assert any("cuda_depthwise" in key for key in tuned) == (backend == "cuda")
-    (file,) = cache.glob("triton-*.json")
-    choices = json.loads(file.read_text())
-    assert choices and choices == {key: tuned[key] for key in choices}
-    # Measuring may well have found what runs without it, so that only a changed file shows that it is read.
-    key = next(key for key in choices if "'materialize'" in key)
-    choices[key]["warps"] = 4 if choices[key]["warps"] == 8 else 8
-    file.write_text(json.dumps(choices))
-    got, used = step_in_a_process(tmp_path / "second", cache, "0", backend)
-    # Where the CUDA library's kernel won, Triton's for the same is not asked for its tile any more.
-    wanted = tuned | {key: choices[key]}
-    assert key in used and used == {name: wanted[name] for name in (used if backend == "cuda" else wanted)}
-    assert json.loads(file.read_text()) == choices
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_nothing_is_timed_during_a_capture(on_triton, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mbn_kernels.backends.triton import tuning
-
-    timed, choices = [], {}
-    monkeypatch.setattr(tuning, "_choices", lambda gpu: choices)  # none is known
-    monkeypatch.setattr(tuning, "seconds", lambda run: timed.append(run) or 0.0)
-    monkeypatch.setenv("MBN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("MBN_TRITON_TUNE", raising=False)
-    module, x = block().eval(), images()
-    expected = module(x)
-    warm_up(lambda: module(x))
-    monkeypatch.setattr(tuning, "_plans", {})
-    monkeypatch.setenv("MBN_TRITON_TUNE", "1")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = module(x)
-    assert not timed and not list(tmp_path.iterdir())
-    graph.replay()
-    assert torch.equal(out, expected)
-    module(x)
-    assert timed and list(tmp_path.iterdir())  # as it is once nothing is captured

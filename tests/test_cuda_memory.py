@@ -8,7 +8,7 @@ import pytest
 import stock
 import torch
 from test_blocks import MODES, pair
-from test_cuda import block, full_precision, images, on_each, on_triton, only, results  # noqa: F401 (fixtures, too)
+from test_cuda import block, full_precision, images, on_each, only, results, triton_alone  # noqa: F401 (fixtures, too)
 from test_memory import bytes_of, in_place, saved_for_backward
 from torch import Tensor, nn
 
