@@ -49,9 +49,9 @@ class OnDevice {
 // The arguments of one call: all on the device of the first.
 class Arguments {
  public:
-  Arguments(const char* op, const Tensor& first) : op_(op), first_(first), dtype_(first.scalar_type()) {
-    MBN_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::Half || dtype_ == ScalarType::BFloat16, op,
-              ": u_y: expected Float, Half or BFloat16, got ", torch::headeronly::toString(dtype_));
+  Arguments(const char* op, const char* name, const Tensor& first) : op_(op), name_(name), first_(first), dtype_(first.scalar_type()) {
+    MBN_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::Half || dtype_ == ScalarType::BFloat16, op, ": ",
+              name, ": expected Float, Half or BFloat16, got ", torch::headeronly::toString(dtype_));
   }
   const char* op() const { return op_; }
   ScalarType dtype() const { return dtype_; }
@@ -120,7 +120,7 @@ class Arguments {
 
  private:
   void check_device(const char* name, const Tensor& t) const {
-    MBN_CHECK(t.get_device_index() == first_.get_device_index(), op_, ": ", name, ": expected a tensor on the device of u_y, got one on another");
+    MBN_CHECK(t.get_device_index() == first_.get_device_index(), op_, ": ", name, ": expected a tensor on the device of ", name_, ", got one on another");
   }
   const void* dense(const char* name, const Tensor& t, ScalarType dtype, int64_t numel) const {
     check_dense(op_, name, t, dtype, numel);
@@ -128,7 +128,7 @@ class Arguments {
     return t.const_data_ptr();
   }
 
-  const char* op_;
+  const char *op_, *name_;
   const Tensor& first_;
   ScalarType dtype_;
 };

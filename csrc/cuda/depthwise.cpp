@@ -49,7 +49,7 @@ void depthwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const O
                        const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                        double eps, int64_t act, const OptionalTensor& residual, const OptionalTensor& pooled, std::vector<int64_t> share,
                        const Tensor& y) {
-  const Arguments a("cuda_depthwise_forward", u_y);
+  const Arguments a("cuda_depthwise_forward", "u_y", u_y);
   const Shape in = shape_of(a.op(), "u_y", u_y), out = shape_of(a.op(), "y", y);
   DepthwiseForward p;
   p.map = map_of(a, in, out, weight, stride, corner);
@@ -78,7 +78,7 @@ void depthwise_backward(const Tensor& g_dv, const OptionalTensor& g_y, const Opt
                         const OptionalTensor& u_gate, int64_t u_act, int64_t stride, std::vector<int64_t> corner, std::vector<int64_t> share,
                         const Tensor& weight, const OptionalTensor& residual, const OptionalTensor& mean, const OptionalTensor& rstd,
                         const OptionalTensor& du, const OptionalTensor& sums, const OptionalTensor& dweight) {
-  const Arguments a("cuda_depthwise_backward", u_y);
+  const Arguments a("cuda_depthwise_backward", "u_y", u_y);
   const Shape in = shape_of(a.op(), "u_y", u_y), out = shape_of(a.op(), "g_dv", g_dv);
   DepthwiseBackward p;
   p.map = map_of(a, in, out, weight, stride, corner);

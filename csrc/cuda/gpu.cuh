@@ -1,4 +1,4 @@
-// What kernels ask of a GPU, a few functions each with one instruction behind it: the only file that knows PTX.
+// What kernels ask of a GPU, a few functions each with one instruction behind it: with csrc/activation.h the only file that knows PTX.
 //
 // On a machine without a GPU the tests compile the kernels with an ordinary C++ compiler; there tests/cuda_host/gpu_on_host.h has the same
 // functions, and runs a block's threads one after the other.

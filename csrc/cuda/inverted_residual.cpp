@@ -92,7 +92,7 @@ void run(const Arguments& a, const Tensor& x, const InvertedResidual& p, int ker
 void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<int64_t> stages, std::vector<double> eps, int64_t stride,
                        std::vector<int64_t> corner, const OptionalTensor& residual, std::vector<int64_t> tile, const OptionalTensor& pooled,
                        const Tensor& out) {
-  const Arguments a("cuda_inverted_residual", x);
+  const Arguments a("cuda_inverted_residual", "x", x);
   const Shape in = shape_of(a.op(), "x", x), made = shape_of(a.op(), "out", out);
   const Layers layers(a, in.channels, params, stages, eps);
   MBN_CHECK(has_block(layers.kernel, stride), a.op(), ": weight: expected a window of 3 or 5 at stride 1 or 2, got ", layers.kernel, " at ", stride);
@@ -117,7 +117,7 @@ void inverted_residual(const Tensor& x, std::vector<Tensor> params, std::vector<
 void gated_project(const Tensor& x, const Tensor& pooled, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, int64_t act,
                    int64_t gate_act, std::vector<Tensor> params, std::vector<int64_t> stage, double eps, const OptionalTensor& residual,
                    std::vector<int64_t> tile, const Tensor& out) {
-  const Arguments a("cuda_gated_project", x);
+  const Arguments a("cuda_gated_project", "x", x);
   const Shape in = shape_of(a.op(), "x", x);
   const Layers layers(a, in.channels, params, stage, {eps}, false);
   check_channels(a, {in.channels, layers.out_channels});

@@ -11,20 +11,21 @@ template <int N>
 struct Number {
   static constexpr int value = N;
 };
+template <int K, class F>
+static void with_stride(int stride, const F& f) {
+  stride == 1 ? f(Number<K>{}, Number<1>{}) : f(Number<K>{}, Number<2>{});
+}
 template <class F>
 static void with_window(int kernel, int stride, const F& f) {
-  const auto at_stride = [&](auto k) { stride == 1 ? f(k, Number<1>{}) : f(k, Number<2>{}); };
-  if (kernel == 3) return at_stride(Number<3>{});
-  if (kernel == 5) return at_stride(Number<5>{});
-  return at_stride(Number<7>{});
+  kernel == 3 ? with_stride<3>(stride, f) : kernel == 5 ? with_stride<5>(stride, f) : with_stride<7>(stride, f);
 }
-
+#if !defined(MBN_NO_BLOCKS)
 template <class F>
 static void with_block(int kernel, int stride, const F& f) {
-  const auto at_stride = [&](auto k) { stride == 1 ? f(k, Number<1>{}) : f(k, Number<2>{}); };
   if (kernel == 1) return f(Number<1>{}, Number<1>{});  // no window: a gate
-  kernel == 3 ? at_stride(Number<3>{}) : at_stride(Number<5>{});
+  kernel == 3 ? with_stride<3>(stride, f) : with_stride<5>(stride, f);
 }
+#endif
 
 // A block for each slice of channels of each group of units.
 static Launch depthwise_launch(const Map& map, const Share& share, int vector, size_t shared, void* stream) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,11 @@ def fits(stage: Stage, *tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % ALIGNED == 0 for t in tensors)
 
 
-def _plan(tile: Config, work: Work) -> Plan:
+def _tiles(work: Work) -> list[Config]:
+    return [*config.depthwise(work), TRITON]
+
+
+def _plan(work: Work, tile: Config) -> Plan:
     if tile == TRITON:
         return Plan(None, None)
     groups = config.shared(tile, work)
@@ -70,12 +75,6 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
         return convolutions.depthwise_forward(u, weight, stage, statistics, after, pool)
     shape, work = stage.output_shape(u.y.shape, None), forward_work(u.y.shape, stage, u.y.dtype, u.y.device)
 
-    def tiles() -> list[Config]:
-        return [*config.depthwise(work), TRITON]
-
-    def plan(tile: Config) -> Plan:
-        return _plan(tile, work)
-
     def run(plan: Plan):
         if plan.share is None:
             return convolutions.depthwise_forward(u, weight, stage, statistics, after, pool)
@@ -93,7 +92,7 @@ def depthwise_forward(u: Value, weight: Tensor, stage: Stage, statistics: bool, 
 
     wants = statistics, pool, after["var"] is not None, after["residual"] is not None
     key = convolutions.depthwise_key("cuda_depthwise_forward", u, stage, *wants)
-    return tuning.best(key, tiles, u.y.device, plan, run)
+    return tuning.best(key, partial(_tiles, work), u.y.device, partial(_plan, work), run)
 
 
 def depthwise_backward(
@@ -106,12 +105,6 @@ def depthwise_backward(
         return convolutions.depthwise_backward(g, weight, stage, u, norm_of, residual, *wants)
     work = backward_work(u.y.shape, stage, u.y.dtype, u.y.device)
 
-    def tiles() -> list[Config]:
-        return [*config.depthwise(work), TRITON]
-
-    def plan(tile: Config) -> Plan:
-        return _plan(tile, work)
-
     def run(plan: Plan):
         if plan.share is None:
             return convolutions.depthwise_backward(g, weight, stage, u, norm_of, residual, *wants)
@@ -120,10 +113,8 @@ def depthwise_backward(
         parts = vectors(u.y, plan.groups.count, *weight.shape) if want_dweight else None
         of = gradient_arguments(g)
         torch.ops.mbn.cuda_depthwise_backward.default(
-            *(
-                of[name]
-                for name in ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT", "g_q", "g_a", "g_b", "g_c")
-            ),
+            *(of[name] for name in ("g_dv", "g_y", "g_scale", "g_shift", "g_gate", "G_ACT")),
+            *(of[name] for name in ("g_q", "g_a", "g_b", "g_c")),
             *(u.y, u.scale, u.shift, u.gate, ACTIVATIONS[u.act].code),
             *(stage.stride[0], [stage.padding[0], stage.padding[2]], plan.share, weight, residual),
             *((norm_of.mean, norm_of.rstd) if norm_of else (None, None)),
@@ -132,4 +123,4 @@ def depthwise_backward(
         return du, sums, convolutions.added(parts, weight.shape) if want_dweight else None
 
     key = convolutions.depthwise_key("cuda_depthwise_backward", u, stage, *wants, *convolutions.asked(g, residual))
-    return tuning.best(key, tiles, u.y.device, plan, run)
+    return tuning.best(key, partial(_tiles, work), u.y.device, partial(_plan, work), run)
