@@ -74,8 +74,11 @@ class FusedSqueezeExcite(FusedModule):
         layers = [nn.Linear(channels, squeeze), nn.ReLU(), nn.Linear(squeeze, channels), nn.Hardsigmoid()]
         self.excitation = nn.Sequential(*layers)
 
+    def gate_layers(self) -> tuple[nn.Module, ...]:
+        return tuple(self.excitation._modules.values())
+
     def units(self) -> list[Unit]:
-        return [Unit(None, None, None, self.excitation)]
+        return [Unit(None, None, None, self.gate_layers())]
 
     def stock_forward(self, x: Tensor) -> Tensor:
         gate = self.excitation(self.squeeze(x).flatten(1))
@@ -161,7 +164,7 @@ class _LayersBlock(FusedModule):
         units: list[Unit] = []
         for layer in self.layers._modules.values():
             if isinstance(layer, FusedSqueezeExcite) and units and units[-1].excitation is None:
-                units[-1] = Unit(*units[-1][:3], layer.excitation)
+                units[-1] = Unit(*units[-1][:3], layer.gate_layers())
             else:
                 units.append(stage_unit(layer))
         return units

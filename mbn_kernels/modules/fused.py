@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..chain import chain_spec
+from ..chain import chain_spec, parse
 from ..checks import check_tensor
 from ..functional import Running, run_chain
-from .units import Unit, append_tensors, describe
+from .units import Description, Unit, append_tensors, describe, is_same_conv
 
 
 def _hooks(module: nn.Module) -> tuple[dict, ...]:
@@ -28,18 +28,45 @@ class _Reading(NamedTuple):
     children: list[tuple]  # which they were
     hooks: list[dict]  # of all descendants
     units: list[Unit]
+    drops: list[nn.Module]
+    sized: bool  # whether a stage depends on the size of its input
 
     def holds(self) -> bool:
         return [tuple(place.values()) for place in self.places] == self.children
 
+    def stages(self, size: tuple[int, int] | None) -> list[Description]:
+        """Each unit as a stage, for an input of that height and width where it plays a part."""
+        if not self.sized or size is None:
+            return [describe(unit) for unit in self.units]
+        found, shape = [], (1, 1, *size)
+        for unit in self.units:
+            found.append(describe(unit, shape[2:]))
+            if found[-1].stage:
+                shape = parse(chain_spec("", [found[-1].stage])).stages[0].output_shape(shape, (1, 1))
+        return found
+
 
 class Call(NamedTuple):
-    """What a fused module asks :func:`mbn_kernels.functional.run_chain` for."""
+    """What a fused module asks :func:`mbn_kernels.functional.run_chain` for, and what follows before the residual."""
 
     spec: str
     params: list[Tensor]
     running: list[Running]
     residual: bool
+    drops: tuple[nn.Module, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.drops:
+            return run_chain(x, *self[:4])
+        out = run_chain(x, *self[:3], False)
+        for drop in self.drops:
+            out = drop(out)
+        return out + x if self.residual else out
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a dropout or stochastic depth does anything at this moment."""
+    return module.training and (getattr(module, "p", 0) or getattr(module, "drop_prob", 0)) > 0
 
 
 class FusedModule(nn.Module):
@@ -47,7 +74,8 @@ class FusedModule(nn.Module):
 
     The children own the parameters and buffers, so state_dict, optimizers, pruning and conversion find what they
     expect. Where a child is no longer what the chain knows (another class, a forward or backward hook on it), the
-    children run one after another as they are; :meth:`why_not_fused` says so.
+    children run one after another as they are; :meth:`why_not_fused` says so. So they do while ONNX is exported, which
+    knows no operator of ours.
     """
 
     def __init__(self, fused: bool) -> None:
@@ -58,6 +86,10 @@ class FusedModule(nn.Module):
     def units(self) -> list[Unit]:
         """The children as stages, in order."""
         raise NotImplementedError
+
+    def drops(self) -> list[nn.Module]:
+        """Dropout between the last stage and the residual."""
+        return []
 
     def stock_forward(self, x: Tensor) -> Tensor:
         """The children one after another: what PyTorch would compute."""
@@ -75,7 +107,10 @@ class FusedModule(nn.Module):
         modules = list(self.modules())
         places = [m._modules for m in modules if m._modules]
         children = [tuple(place.values()) for place in places]
-        reading = _Reading(places, children, [hooks for m in modules[1:] for hooks in _hooks(m)], self.units())
+        hooks = [hooks for m in modules[1:] for hooks in _hooks(m)]
+        units = self.units()
+        sized = any(is_same_conv(type(unit.conv)) for unit in units)
+        reading = _Reading(places, children, hooks, units, self.drops(), sized)
         if not torch.compiler.is_compiling():
             self._reading = reading
         return reading
@@ -90,33 +125,29 @@ class FusedModule(nn.Module):
             return "built with fused=False"
         if any(reading.hooks):
             return "a hook on a child"
-        for unit in reading.units:
-            reason = describe(unit).reason
-            if reason:
-                return reason
-        return None
+        return next((found.reason for found in reading.stages(None) if found.reason), None)
 
-    def call(self) -> Call | None:
-        """The chain that the children are at this moment, or None where they run one by one."""
+    def call(self, x: Tensor | None = None) -> Call | None:
+        """The chain that the children are at this moment, or None where they run one by one; without ``x`` also where
+        the chain depends on its size.
+        """
         reading = self._read()
-        if not self.fused or any(reading.hooks):
+        if not self.fused or any(reading.hooks) or (reading.sized and x is None) or torch.onnx.is_in_onnx_export():
             return None
-        units = reading.units
-        stages = [describe(unit).stage for unit in units]
+        stages = [found.stage for found in reading.stages(x.shape[2:] if reading.sized else None)]
         if None in stages:
             return None
         params: list[Tensor] = []
         running: list[Running] = []
-        for unit in units:
+        for unit in reading.units:
             append_tensors(unit, params, running)
-        return Call(chain_spec(type(self).__name__, stages), params, running, self.has_residual())
+        drops = tuple(filter(_drops, reading.drops))
+        return Call(chain_spec(type(self).__name__, stages), params, running, self.has_residual(), drops)
 
     def forward(self, x: Tensor) -> Tensor:
-        call = self.call()
-        if call is None:
-            return self.stock_forward(x)
         check_tensor(type(self).__name__, "x", x)
-        return run_chain(x, *call)
+        call = self.call(x)
+        return self.stock_forward(x) if call is None else call(x)
 
     def extra_repr(self) -> str:
         reason = self.why_not_fused()

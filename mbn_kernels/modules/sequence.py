@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
 from ..chain import parse
 from ..functional import evaluates, runs_directly
-from .fused import FusedModule, has_hook
+from .fused import Call, FusedModule, has_hook
 
 
 class FusedSequential(nn.Sequential):
@@ -20,21 +22,28 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
-            return super().forward(x)
-        backend, waiting = backends.choose(x.device, x.dtype), []
-        for child in self._modules.values():
-            call = child.call() if isinstance(child, FusedModule) and not has_hook(child) else None
-            if call and not call.running and evaluates(call.spec, call.residual, backend):
-                waiting.append(call)
-                continue
-            x = child(_run(x, waiting, backend))
-            waiting = []
-        return _run(x, waiting, backend)
+        return run_in_turn(self._modules.values(), x)
 
 
-def _run(x: Tensor, calls: list, backend: str) -> Tensor:
+def run_in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The modules one behind the other, as :class:`FusedSequential` does."""
+    if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
+        for module in modules:
+            x = module(x)
+        return x
+    backend, waiting = backends.choose(x.device, x.dtype), []
+    for module in modules:
+        call = module.call() if isinstance(module, FusedModule) and not has_hook(module) else None
+        if call and not call.running and not call.drops and evaluates(call.spec, call.residual, backend):
+            waiting.append(call)
+            continue
+        x = module(_run(x, waiting, backend))
+        waiting = []
+    return _run(x, waiting, backend)
+
+
+def _run(x: Tensor, calls: list[Call], backend: str) -> Tensor:
     if not calls:
         return x
-    specs, params, _, residuals = zip(*calls, strict=True)
+    specs, params, _, residuals, _ = zip(*calls, strict=True)
     return ops.evaluate_chains(x, tuple(map(parse, specs)), params, residuals, backend)
