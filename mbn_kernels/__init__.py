@@ -2,6 +2,7 @@
 
 from . import functional
 from .backends import available_backends, empty_cache, use_backend
+from .fusing import fuse, unfuse
 from .modules import (
     FusedDepthwiseConvBNAct,
     FusedDepthwiseSeparable,
@@ -23,5 +24,7 @@ __all__ = [
     "available_backends",
     "empty_cache",
     "functional",
+    "fuse",
+    "unfuse",
     "use_backend",
 ]

@@ -132,7 +132,9 @@ class FusedModule(nn.Module):
         the chain depends on its size.
         """
         reading = self._read()
-        if not self.fused or any(reading.hooks) or (reading.sized and x is None) or torch.onnx.is_in_onnx_export():
+        if not self.fused or not reading.units or any(reading.hooks) or torch.onnx.is_in_onnx_export():
+            return None
+        if reading.sized and x is None:
             return None
         stages = [found.stage for found in reading.stages(x.shape[2:] if reading.sized else None)]
         if None in stages:

@@ -28,10 +28,10 @@ class FusedSequential(nn.Sequential):
 def run_in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     """The modules one behind the other, as :class:`FusedSequential` does."""
     if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
-        for module in modules:
-            x = module(x)
-        return x
+        return _one_by_one(modules, x)
     backend, waiting = backends.choose(x.device, x.dtype), []
+    if backends.get(backend).supports(x.device, x.dtype):
+        return _one_by_one(modules, x)
     for module in modules:
         call = module.call() if isinstance(module, FusedModule) and not has_hook(module) else None
         if call and not call.running and not call.drops and evaluates(call.spec, call.residual, backend):
@@ -40,6 +40,12 @@ def run_in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         x = module(_run(x, waiting, backend))
         waiting = []
     return _run(x, waiting, backend)
+
+
+def _one_by_one(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def _run(x: Tensor, calls: list[Call], backend: str) -> Tensor:
