@@ -14,7 +14,8 @@ scale*y + shift, x = (y - mean)*rstd and M values per channel:
                                                 c = -gamma*rstd * dbeta/M - b*mean
 
 where q, the gradient that reaches the value through the squeezed mean, is 0 without a gate, and b = c = 0 where the
-statistics are not the batch's. The kernel that computes dv accumulates, in the same pass, the sums from which dbeta,
+statistics are not the batch's. Where a stage has a process group, M and the sums are those of all its processes
+(:mod:`mbn_kernels.synchronize`). The kernel that computes dv accumulates, in the same pass, the sums from which dbeta,
 dgamma, the gate's gradient and so a, b, c follow.
 """
 
@@ -24,9 +25,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
+
+from . import synchronize
 
 # Parameters of a stage, in this order; a stage holds those that its fields call for.
 WEIGHT, NORM, RUNNING, GATE = (
@@ -53,6 +57,7 @@ class Stage:
     eps: float
     act: str
     gate: tuple[str, str] | None  # the activation between the two layers, the gate's own activation
+    group: str | None = None  # name of the process group whose processes share the statistics of "batch"
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -84,17 +89,20 @@ def stage_spec(
     eps: float = 0.0,
     act: str = "identity",
     gate: tuple[str, str] | None = None,
+    group: str | None = None,
 ) -> str:
     """One stage as text. The operators take a chain as text because a string is what a schema, a graph and a cache can
-    hold.
+    hold. ``group`` is the name of a process group (``ProcessGroup.group_name``), for ``norm`` "batch" only.
     """
     # Taken from a set, eps is a constant to torch.compile; where modules differ in it, it would else be a symbol, and
     # those have no text.
     (eps,) = frozenset((eps,))
     gate_text = f"{gate[0]}/{gate[1]}" if gate else "-"
+    # Fields are divided by spaces; any name may have been given to a group.
+    norm_text = norm if group is None else f"{norm}@{group.replace('%', '%25').replace(' ', '%20')}"
     return (
         f"{conv} {kernel[0]},{kernel[1]} {stride[0]},{stride[1]} {padding[0]},{padding[1]},{padding[2]},{padding[3]} "
-        f"{dilation[0]},{dilation[1]} {norm} {int(affine)} {eps} {act} {gate_text}"
+        f"{dilation[0]},{dilation[1]} {norm_text} {int(affine)} {eps} {act} {gate_text}"
     )
 
 
@@ -123,7 +131,8 @@ def parse(spec: str) -> Chain:
     name, _, body = spec.partition(": ")
     stages = []
     for text in body.split("; "):
-        conv, kernel, stride, padding, dilation, norm, affine, eps, act, gate = text.split(" ")
+        conv, kernel, stride, padding, dilation, norm_text, affine, eps, act, gate = text.split(" ")
+        norm, shared, group = norm_text.partition("@")
         stages.append(
             Stage(
                 conv,
@@ -136,6 +145,7 @@ def parse(spec: str) -> Chain:
                 float(eps),
                 act,
                 None if gate == "-" else tuple(gate.split("/")),
+                unquote(group) if shared else None,
             )
         )
     return Chain(name, tuple(stages))
@@ -262,11 +272,11 @@ def forward(
             saved.append(y)
         u = Value(y, act=stage.act)
         if stage.norm != "none":
-            rows, *mean_and_var = _norm(kernels, stage, p, y, found)
+            rows, mean_and_var, share = _norm(kernels, stage, p, y, found)
             statistics += mean_and_var
             u = Value(y, *rows[:2].unbind(0), stage.act)
             if save:
-                saved.append(rows)
+                saved += [rows, *share]
         if stage.gate:
             pooled = kernels.pool(u)
             u = u._replace(gate=kernels.gate_forward(pooled, p, stage.gate))
@@ -275,14 +285,26 @@ def forward(
     return kernels.materialize(u, x if residual else None), statistics, saved
 
 
-def _norm(kernels: Kernels, stage: Stage, p: dict, y: Tensor, statistics) -> tuple[Tensor, ...]:
-    """(rows,), or (rows, mean, unbiased var) where the statistics are the batch's."""
+def _norm(kernels: Kernels, stage: Stage, p: dict, y: Tensor, statistics) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(rows, [mean, unbiased var] where the statistics are the batch's, [this process's share of the values] where
+    they are those of a group's batches).
+    """
     dtype = accumulate_dtype(y.dtype)
     weight, bias = (p["bn_weight"].to(dtype), p["bn_bias"].to(dtype)) if stage.affine else (None, None)
     if stage.norm == "running":
         mean, var = p["running_mean"].to(dtype), p["running_var"].to(dtype)
-        return (kernels.running_norm(mean, var, weight, bias, stage.eps),)
-    return kernels.batch_norm(statistics, y.numel() // max(y.shape[1], 1), weight, bias, stage.eps)
+        return kernels.running_norm(mean, var, weight, bias, stage.eps), [], []
+    count = y.numel() // max(y.shape[1], 1)
+    if stage.group is None:
+        rows, mean, unbiased = kernels.batch_norm(statistics, count, weight, bias, stage.eps)
+        return rows, [mean, unbiased], []
+    if count:
+        _, mean, unbiased = kernels.batch_norm(statistics, count, None, None, stage.eps)
+    else:
+        mean = unbiased = y.new_zeros(y.shape[1], dtype=dtype)
+    merged = synchronize.merge_statistics(mean, unbiased, count, stage.group)
+    rows = kernels.running_norm(merged.mean, merged.var, weight, bias, stage.eps)
+    return rows, [merged.mean, merged.unbiased], [merged.share]
 
 
 class _Point(NamedTuple):
@@ -291,6 +313,7 @@ class _Point(NamedTuple):
     value: Value
     norm: Norm | None = None
     rows: Tensor | None = None  # of the norm, as one tensor
+    share: Tensor | None = None  # of the values of all processes, where they share statistics
     pooled: Tensor | None = None
 
 
@@ -300,9 +323,10 @@ def _points(x: Tensor, stages: Sequence[Stage], saved: Sequence[Tensor]) -> list
         y = x if stage.conv == "none" else next(items)
         rows = None if stage.norm == "none" else next(items)
         norm = None if rows is None else Norm(*rows.unbind(0))
+        share = None if stage.group is None else next(items)
         pooled, gate = (next(items), next(items)) if stage.gate else (None, None)
         value = Value(y, norm and norm.scale, norm and norm.shift, stage.act, gate)
-        points.append(_Point(value, norm, rows, pooled))
+        points.append(_Point(value, norm, rows, share, pooled))
     return points
 
 
@@ -357,6 +381,8 @@ def _through_norm(kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Te
         return Gradient(dv, value, q), found
     count = max(value.y.numel() // max(value.y.shape[1], 1), 1) if stage.norm == "batch" else None
     dweight, dbias, b, c = kernels.norm_backward(sums, value.gate, q, point.rows, count)
+    if stage.group is not None:
+        b, c = synchronize.sum_gradients(b, c, value.y.numel(), point.share, stage.group)
     if stage.affine:
         found["bn_weight"], found["bn_bias"] = dweight, dbias
     return Gradient(dv, value, q, point.norm.scale, b, c), found

@@ -113,7 +113,8 @@ def _check_stage(op: str, x: Tensor, shape: tuple[int, ...], stage: Stage, p: di
     for name in ("bn_weight", "bn_bias", *RUNNING):
         if name in p and tuple(p[name].shape) != (shape[1],):
             fail(op, name, f"shape ({shape[1]},)", tuple(p[name].shape))
-    if stage.norm == "batch" and shape[0] * shape[2] * shape[3] == 1:
+    alone = stage.norm == "batch" and stage.group is None  # other processes' batches may hold more
+    if alone and shape[0] * shape[2] * shape[3] == 1:
         fail(op, "x", "more than 1 value per channel when training", f"{shape} at the normalised stage")
     if stage.gate:
         _check_gate(op, shape[1], p)

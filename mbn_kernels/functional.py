@@ -33,21 +33,24 @@ class Running(NamedTuple):
 
 
 @torch.no_grad()
-def update_running(running: Sequence[Running], statistics: Sequence[Tensor], values: int) -> None:
+def update_running(
+    running: Sequence[Running], statistics: Sequence[Tensor], values: int, shared: Sequence[bool] = ()
+) -> None:
     """Takes the [mean, unbiased var] of each of ``running`` in, from a batch of that many values; one without values
-    counts, but changes no statistics.
+    counts, but changes no statistics, except where they are ``shared`` with other processes and one of these had some.
     """
     counts = [r.count for r in running if r.count is not None]
     if counts:
         torch._foreach_add_(counts, 1)
+    batches = list(zip(running, statistics[::2], statistics[1::2], strict=True))
     if not values:
+        _update_from_others([batch for batch, is_shared in zip(batches, shared, strict=False) if is_shared])
         return
     groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by momentum: as few calls as there are momenta
-    for r, mean, var in zip(running, statistics[::2], statistics[1::2], strict=True):
+    for r, mean, var in batches:
         if r.mean is None:
             continue
-        momentum = 1.0 / float(r.count) if r.momentum is None else r.momentum
-        into, batch = groups.setdefault(momentum, ([], []))
+        into, batch = groups.setdefault(_momentum(r), ([], []))
         into += r.mean, r.var
         batch += mean, var
     for momentum, (into, batch) in groups.items():
@@ -57,7 +60,25 @@ def update_running(running: Sequence[Running], statistics: Sequence[Tensor], val
             torch._foreach_add_(into, batch, alpha=momentum)
         else:  # one after the other; where fewer digits are stored, rounded once, at the end
             for a, b in zip(into, batch, strict=True):
-                a.copy_((a.to(b.dtype) * (1 - momentum)).add_(b, alpha=momentum))
+                a.copy_(_blended(a, b, momentum))
+
+
+def _update_from_others(batches: Sequence[tuple[Running, Tensor, Tensor]]) -> None:
+    """Takes statistics of all processes in where this one has no values, so that they stay equal everywhere."""
+    for r, mean, var in batches:
+        if r.mean is None:
+            continue
+        nobody = mean.isnan() & (var == 0)  # what synchronize.Merged says where no process has values
+        for a, b in ((r.mean, mean), (r.var, var)):
+            a.copy_(torch.where(nobody, a, _blended(a, b, _momentum(r))))
+
+
+def _momentum(r: Running) -> float:
+    return 1.0 / float(r.count) if r.momentum is None else r.momentum
+
+
+def _blended(a: Tensor, b: Tensor, momentum: float) -> Tensor:
+    return (a.to(b.dtype) * (1 - momentum)).add_(b, alpha=momentum)
 
 
 def run_chain(
@@ -74,6 +95,9 @@ def run_chain(
         spec: from :func:`mbn_kernels.chain.chain_spec`.
         params: the stages' parameters, flat, in the order of :attr:`mbn_kernels.chain.Stage.parameter_names`.
         running: for each stage that uses batch statistics, the running ones to update in place.
+
+    A stage with a process group takes its statistics from the batches of all its processes: each has to make the same
+    call, and to go backward through it, with a batch of any size, also none.
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     backend, direct = backends.choose(x.device, x.dtype), runs_directly(x)
@@ -85,8 +109,13 @@ def run_chain(
     else:
         out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
     if running:
-        update_running(running, statistics, x.numel())
+        update_running(running, statistics, x.numel(), [] if x.numel() else _shared(spec))
     return out
+
+
+def _shared(spec: str) -> list[bool]:
+    """Of each stage with batch statistics, whether they are those of a process group."""
+    return [stage.group is not None for stage in parse(spec).stages if stage.norm == "batch"]
 
 
 def evaluates(spec: str, residual: bool, backend: str) -> bool:

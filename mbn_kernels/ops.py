@@ -92,6 +92,8 @@ def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, 
             saved.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
         if stage.norm != "none":
             saved.append(x.new_empty((4, shape[1]), dtype=dtype))
+        if stage.group is not None:
+            saved.append(x.new_empty(1, dtype=dtype))
         if stage.gate:
             saved += [x.new_empty(shape[:2], dtype=dtype) for _ in range(2)]
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
