@@ -228,10 +228,10 @@ def test_asymmetric_padding_of_a_block(host: Host, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "images, inner, expanded, size, count",
-    ((256, 16, 64, 112, 3), (1, 24, 72, 56, 3), (256, 160, 960, 7, 0)),
-    ids=("a large map of few channels", "one image", "every block would read many weights"),
+    ((1, 8, 32, 28, 3), (256, 8, 32, 112, 0), (1, 160, 960, 7, 0)),
+    ids=("little work", "many tiles", "many chunks of a tile"),
 )
-def test_the_planner_weighs_bytes_work_and_starts(
+def test_the_planner_weighs_work_and_starts(
     monkeypatch: pytest.MonkeyPatch, images: int, inner: int, expanded: int, size: int, count: int
 ) -> None:
     monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
