@@ -27,7 +27,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from mbn_kernels.backends.triton import config, device, launch  # noqa: E402
+from mbn_kernels.backends.triton import config, device, launch, library  # noqa: E402
 from mbn_kernels.backends.triton.kernels import TritonKernels  # noqa: E402
 
 GATE = ("relu", "hardsigmoid")
@@ -124,6 +124,62 @@ def test_block(case: Case, training: bool, dtype: torch.dtype) -> None:
     compare_case(fused_chain, case, dtype, training)
 
 
+def choose_products(patch: pytest.MonkeyPatch, chosen: bool) -> list[str]:
+    """Has all 1x1 convolutions run PyTorch's products, or none; returns which of them did, as they run."""
+    found: list[str] = []
+    for name in ("library_forward", "library_backward"):
+        patch.setattr(config, name, lambda *_: chosen)
+    for name in ("pointwise_forward", "pointwise_backward"):
+        run = getattr(library, name)
+
+        def counted(*args, name=name, run=run):
+            found.append(name)
+            return run(*args)
+
+        patch.setattr(library, name, counted)
+    patch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as products are rounded by default
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "case, training", with_modes((*STAGES[1:3], BLOCKS[0], *BLOCKS[3:5], *BLOCKS[6:8], BLOCKS[10])), ids=mode_id
+)
+def test_pytorchs_products(monkeypatch: pytest.MonkeyPatch, case: Case, training: bool, dtype: torch.dtype) -> None:
+    """Between passes of their own, with gates, residuals and frozen batch norm: the other way to run what the tests
+    above run in Triton, as so few pixels would not be worth starting them.
+    """
+    ran = choose_products(monkeypatch, True)
+    compare_case(fused_chain, case, dtype, training)
+    assert "pointwise_forward" in ran
+    assert "pointwise_backward" in ran
+
+
+def test_products_are_not_cast_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward may run where autocast is on although its forward did not."""
+    ran = choose_products(monkeypatch, True)
+    t = make_tensors(BLOCKS[1]).map(torch.Tensor.float)
+    t.dout = torch.randn(BLOCKS[1].shape)
+    expected = run(fused_chain, BLOCKS[1], t, True)
+    leaves = t.leaves()
+    for v in leaves.values():
+        v.requires_grad_()
+    out = fused_chain(BLOCKS[1], t, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(out, list(leaves.values()), t.dout)
+    assert len(ran) == 8
+    for name, g in zip(leaves, grads, strict=True):
+        assert torch.equal(g, expected[f"grad {name}"]), name
+
+
+def test_products_round_as_convolutions_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch is told to round products in another way, they are no way to run a convolution."""
+    ran = choose_products(monkeypatch, True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    compare_case(fused_chain, BLOCKS[1], torch.float32, True)
+    assert not ran
+
+
 @MODES
 def test_block_in_float16(training: bool) -> None:
     compare_case(fused_chain, BLOCKS[3], torch.float16, training)
@@ -178,9 +234,12 @@ def test_not_finite(number: float, training: bool) -> None:
     compare_case(fused_chain, BLOCKS[1], torch.float32, training, change=change, not_finite=True)
 
 
-@pytest.mark.parametrize("case", (STAGES[0], STAGES[5], STAGES[6]), ids=str)
-def test_statistics_far_from_zero(case: Case) -> None:
+@pytest.mark.parametrize(
+    "case, products", ((STAGES[0], False), (STAGES[0], True), (STAGES[5], False), (STAGES[6], False)), ids=str
+)
+def test_statistics_far_from_zero(monkeypatch: pytest.MonkeyPatch, case: Case, products: bool) -> None:
     """Mean 1000, deviation 1: a difference of squares would have no digit left."""
+    ran = choose_products(monkeypatch, products)
     t = make_tensors(case)
     (stage,), (p,) = case.stages, t.stages
     weight = torch.zeros_like(p["weight"])
@@ -194,6 +253,7 @@ def test_statistics_far_from_zero(case: Case) -> None:
     forward = kernels.pointwise_forward if stage.conv == "pointwise" else kernels.depthwise_forward
     y, statistics = forward(Value(x), weight.float(), *extra, True)
     _, mean, var = kernels.batch_norm(statistics, y.numel() // y.shape[1], None, None, 1e-5)
+    assert bool(ran) == products
     exact = y.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), exact.var(1), rtol=1e-6, atol=0)
@@ -324,13 +384,17 @@ def test_every_launch_reads_what_it_is_given_and_writes_it_once(monkeypatch: pyt
         seen.add(name)
 
     monkeypatch.setattr(launch, "execute", checked)
-    for case in (BLOCKS[2], BLOCKS[4], STAGES[15], STAGES[22], BLOCKS[6]):
+    for case, products in (
+        *((c, False) for c in (BLOCKS[2], BLOCKS[4], STAGES[15], STAGES[22], BLOCKS[6])),
+        (BLOCKS[3], True),
+    ):
+        choose_products(monkeypatch, products)
         t = make_tensors(case).map(torch.Tensor.float)
         for training in (True, False):
             out = fused_chain(case, t, training)
             t.dout = torch.randn(out.shape)
             run(fused_chain, case, t, training)
     every = {"pointwise_forward", "pointwise_backward", "pointwise_weight", "depthwise_forward", "depthwise_backward",
-             "_materialize", "_materialize_gradient", "_reduce_gradient", "_pool", "_batch_norm", "_running_norm",
-             "_norm_backward", "_sum_parts"}  # fmt: skip
+             "_materialize", "_materialize_gradient", "_finish", "_reduce_gradient", "_statistics", "_pool",
+             "_batch_norm", "_running_norm", "_norm_backward", "_sum_parts"}  # fmt: skip
     assert seen == every

@@ -37,10 +37,12 @@ class Driver:
 
     def __init__(self) -> None:
         self.starts: list[Start] = []
+        self.hooks: list = []
         self.stream, self.utils, self.launcher_cls = 7, self, lambda source, metadata: self.record
 
     def record(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
         self.starts.append(Start((x, y, z), stream, function, metadata, arguments))
+        self.hooks.append(enter)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -100,7 +102,9 @@ def run(x: Tensor) -> None:
 
 
 def described(v: object) -> object:
-    return (v.dtype, v.shape, v.stride(), v.data_ptr() % 16) if isinstance(v, Tensor) else v
+    """An argument; of a tensor, which is an address where a kernel is started again, how that is aligned."""
+    address = v.data_ptr() if isinstance(v, Tensor) else v if isinstance(v, int) and v > 1 << 32 else None
+    return v if address is None else ("address", address % 16)
 
 
 def test_started_again_is_what_triton_starts(driver: Driver, looked_up: list[str]) -> None:
@@ -116,7 +120,7 @@ def test_started_again_is_what_triton_starts(driver: Driver, looked_up: list[str
     for again, once in zip(driver.starts, first, strict=True):
         assert again[:4] == once[:4]
         assert [described(v) for v in again.arguments] == [described(v) for v in once.arguments]
-    assert driver.starts[0].arguments[0].data_ptr() == x.data_ptr()
+    assert driver.starts[0].arguments[0] == x.data_ptr()
 
     driver.starts.clear()
     driver.stream = 8
@@ -132,6 +136,7 @@ def test_other_types_and_addresses_are_looked_up(driver: Driver, looked_up: list
     looked_up.clear()
     run(make_input(torch.bfloat16, offset=1))
     readers = sum(any(isinstance(v, Tensor) and v.data_ptr() % 16 for v in s.arguments) for s in driver.starts)
+    assert all(v % 16 == 0 for s in driver.starts for v in s.arguments if isinstance(v, int) and v > 1 << 32)
     assert len(looked_up) == readers > 2
     assert {start.function for start in driver.starts} - functions  # without wide loads
 
@@ -141,6 +146,23 @@ def test_other_types_and_addresses_are_looked_up(driver: Driver, looked_up: list
     looked_up.clear()
     run(make_input(torch.bfloat16))
     assert not looked_up
+
+
+def test_a_profiler_is_told_of_what_is_started_again(driver: Driver, looked_up: list[str]) -> None:
+    x, told = make_input(torch.bfloat16), []
+    run(x)
+    hook = triton.knobs.runtime.launch_enter_hook
+    driver.starts.clear()
+    driver.hooks.clear()
+    looked_up.clear()
+    hook.add(told.append)
+    try:
+        run(x)
+    finally:
+        hook.remove(told.append)
+    assert not looked_up
+    assert driver.starts
+    assert driver.hooks == [hook] * len(driver.starts)
 
 
 def test_absent_arguments_are_looked_up(driver: Driver, looked_up: list[str]) -> None:

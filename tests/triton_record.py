@@ -40,6 +40,12 @@ class Launch(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
+class Operator(str):
+    """The name of one of PyTorch's own operators; ``bytes``: of its tensors, each once."""
+
+    bytes = 0
+
+
 class _Others(TorchDispatchMode):
     """Counts the operators of PyTorch itself that would start a kernel; fill is that of the tests' poisoned memory."""
 
@@ -55,21 +61,25 @@ class _Others(TorchDispatchMode):
         "unsqueeze",
         "alias",
         "as_strided",
+        "permute",
     )
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.names: list[Operator] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if not name.strip("_").startswith(self.FREE) and name != "_to_copy":
-            self.names.append(name)
+        if not name.strip("_").startswith(self.FREE) and name not in ("_to_copy", "t"):
+            found = Operator(name)
+            given = {id(t): t for t in (*args, out) if isinstance(t, Tensor)}
+            found.bytes = sum(t.numel() * t.element_size() for t in given.values())
+            self.names.append(found)
         return out
 
 
-def record(run: Callable[[], object]) -> tuple[list[Launch], list[str]]:
+def record(run: Callable[[], object]) -> tuple[list[Launch], list[Operator]]:
     """(the launches of a call, the names of PyTorch's own operators in it)."""
     found: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch, _Others() as others:
@@ -87,9 +97,9 @@ def module_of(b: BlockShape) -> nn.Module:
 class Recorded(NamedTuple):
     """(launches, PyTorch's own operators) of a block's training and evaluation."""
 
-    forward: tuple[list[Launch], list[str]]
-    backward: tuple[list[Launch], list[str]]
-    evaluation: tuple[list[Launch], list[str]]
+    forward: tuple[list[Launch], list[Operator]]
+    backward: tuple[list[Launch], list[Operator]]
+    evaluation: tuple[list[Launch], list[Operator]]
 
     @property
     def launches(self) -> list[Launch]:

@@ -34,6 +34,10 @@ class Config(NamedTuple):
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
+#: Stand for a kernel of this package in the tile that is chosen for it, and for PyTorch's products (:mod:`library`).
+OWN, LIBRARY = Config({}), Config({"LIBRARY": 1})
+
+
 def _block(n: int, least: int, most: int) -> int:
     """A power of two that covers n where ``most`` allows it."""
     return max(min(next_power_of_2(n), most, largest_block), least)
@@ -95,6 +99,26 @@ def _product(pixels: int, rows: int, blocks: dict, numbers, most: int, stages: i
     )
 
 
+#: Multiply-adds below which starting the library's several kernels takes longer than anything that they save.
+_LEAST_PRODUCTS = 1 << 27
+
+
+def library_forward(pixels: int, inner: int, outer: int, deferred: bool, statistics: bool, gated: bool) -> bool:
+    """Whether PyTorch's product, behind a pass that stores its operand where that is ``deferred`` and in front of one
+    for statistics or the epilogue, is the likely faster way.
+    """
+    if pixels * inner * outer < _LEAST_PRODUCTS:
+        return False
+    if not statistics:
+        return min(inner, outer) >= 128
+    return inner * outer >= (1 << 14) or gated or not deferred
+
+
+def library_backward(pixels: int, inner: int, outer: int, gated: bool) -> bool:
+    """The same of both gradients."""
+    return pixels * inner * outer >= _LEAST_PRODUCTS and (inner * outer > 6144 or gated)
+
+
 def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:
     plain, found = _plain(dtype, precision), []
     # The ordinary units hold the factors in registers, too: fewer of them, and fewer numbers a thread.
@@ -152,6 +176,33 @@ def pointwise_weight(pixels: int, inner: int, outer: int, dtype: torch.dtype, pr
             pixels, rows, blocks, lambda rows, i=i, o=o: i * o + 2 * rows * (i + o), 90 if plain else 192, 2
         )[:4]
     return _distinct(found)
+
+
+# Squeeze-excite's layers ----------------------------------------------------------------------------------------------
+
+# A row is an image, so there are few: narrow blocks of channels for many programs, long ones of what is summed over.
+
+
+def _gate(blocks: dict, rows: tuple[int, ...], images: int) -> list[Config]:
+    return _distinct([Config({**blocks, "ROWS": _block(images, 16, n), "STAGES": 3}, 4, 3) for n in rows])
+
+
+def _summed(width: int, dtype: torch.dtype) -> int:
+    return _block(width, 16, 32 if dtype == torch.float32 else 128)
+
+
+def gate_forward(images: int, inner: int, outer: int, dtype: torch.dtype) -> list[Config]:
+    i = _summed(inner, dtype)
+    return _gate({"IN_BLOCK": i, "OUT_BLOCK": _block(outer, 16, 32), "ONE_BLOCK": i >= inner}, (16, 32), images)
+
+
+def gate_backward(images: int, inner: int, outer: int, dtype: torch.dtype) -> list[Config]:
+    o = _summed(outer, dtype)
+    return _gate({"IN_BLOCK": _block(inner, 16, 32), "OUT_BLOCK": o, "ONE_BLOCK": o >= outer}, (16, 32), images)
+
+
+def gate_weight(images: int, inner: int, outer: int, dtype: torch.dtype) -> list[Config]:
+    return _gate({"IN_BLOCK": _block(inner, 16, 32), "OUT_BLOCK": _block(outer, 16, 32)}, (64, 32), images)
 
 
 # Depthwise convolutions -----------------------------------------------------------------------------------------------

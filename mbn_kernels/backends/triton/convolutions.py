@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from math import gcd
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...chain import Gradient, Norm, Stage, Value
 from ..reference import empty_channels_last
-from . import config, depthwise, norm, pointwise, tuning
+from . import config, depthwise, library, norm, pointwise, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
-from .config import Config
+from .config import LIBRARY, OWN, Config
 from .elementwise import empty_sums
 from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share, share_rows, vectors
 
@@ -27,6 +28,7 @@ def epilogue(stage: Stage | None, p: dict, residual: Tensor | None = None) -> di
 
 
 RAW = epilogue(None, {})
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def precision(dtype: torch.dtype, conv: bool = True) -> str:
@@ -65,61 +67,94 @@ def added(parts: Tensor, shape: Sequence[int]) -> Tensor:
 def pointwise_forward(u: Value, weight: Tensor, statistics: bool, after: dict, rounding: str):
     """(y, its statistics); ``after`` is an :func:`epilogue`, ``rounding`` a :func:`precision`."""
     (n, inner, h, w), outer, by_image, dtype = u.y.shape, weight.shape[0], u.gate is not None, u.y.dtype
+    deferred, allowed = library.is_deferred(u), _same_rounding(dtype, rounding)
 
     def tiles() -> list[Config]:
-        return config.pointwise_forward(rows_of(u.y, by_image)[1], inner, outer, dtype, rounding)
+        own = config.pointwise_forward(rows_of(u.y, by_image)[1], inner, outer, dtype, rounding)
+        first = config.library_forward(n * h * w, inner, outer, deferred, statistics, by_image)
+        return _both(own, allowed, first)
 
-    def plan(tile: Config) -> Plan:
-        blocks = cdiv(outer, tile.blocks["OUT_BLOCK"])
-        return _product_plan(u, weight, by_image, tile, blocks, 1, rounding)
+    def plan(tile: Config) -> Plan | Config:
+        if tile == LIBRARY:
+            return LIBRARY
+        return product_plan(u, weight, by_image, tile, cdiv(outer, tile.blocks["OUT_BLOCK"]), 1, dtype, rounding)
 
-    def run(plan: Plan):
+    def run(plan: Plan | Config):
+        if plan is LIBRARY:
+            return library.pointwise_forward(u, weight, statistics, after)
         y = empty_channels_last(u.y, (n, outer, h, w))
         found, parts = _statistics(y, statistics, plan.groups)
         arguments = {**value_arguments(u), **after, **parts, "weight": weight, "y": y}
         launch(pointwise.pointwise_forward, plan, y.device, arguments)
         return y, found
 
-    key = ("pointwise_forward", n, inner, h, w, outer, dtype, rounding, by_image, statistics, *_given(after))
-    return tuning.best(key, tiles, u.y.device, plan, run)
+    key = ("pointwise_forward", *u.y.shape, outer, dtype, rounding, by_image, statistics, *_given(after))
+    return tuning.best((*key, deferred, allowed), tiles, u.y.device, plan, run)
 
 
-def _product_plan(
-    u: Value, weight: Tensor, by_image: bool, tile: Config, blocks: int, least: int, rounding: str
+def _same_rounding(dtype: torch.dtype, rounding: str) -> bool:
+    """Whether PyTorch is told to round its products as its convolutions; else they are no way to run one."""
+    return precision(dtype, conv=False) == rounding
+
+
+def _both(own: list[Config], allowed: bool, first: bool) -> list[Config]:
+    """``own`` ways and, where ``allowed``, PyTorch's products: these first where they are the likely best."""
+    if not allowed:
+        return own
+    return [LIBRARY, *own[:7]] if first else [*own[:7], LIBRARY]
+
+
+def product_plan(
+    u: Value, weight: Tensor, by_image: bool, tile: Config, blocks: int, least: int, dtype: torch.dtype, rounding: str
 ) -> Plan:
+    """For the kernels of :mod:`pointwise`: groups of at least ``least`` tiles, products in ``dtype``."""
     outer, inner = weight.shape[:2]
     groups = share_rows(u.y, by_image, tile.blocks["ROWS"], blocks, least)
     i, o = channel_unit(inner), channel_unit(outer)
     sizes = {**groups._asdict(), "in_units": inner // i, "IN_UNIT": i, "out_units": outer // o, "OUT_UNIT": o}
-    return Plan(groups.count * blocks, groups, {**sizes, **tile.arguments(), "PRECISION": rounding})
+    sizes |= {"DTYPE": _DTYPES[dtype], "PRECISION": rounding}
+    return Plan(groups.count * blocks, groups, {**sizes, **tile.arguments()})
 
 
 def pointwise_backward(
     g: Gradient, weight: Tensor, u: Value, norm_of: Norm | None, residual: Tensor | None,
     want_du: bool, want_sums: bool, want_dweight: bool, rounding: str,
 ):  # fmt: skip
-    """(du, sums, dweight): by one kernel where a block holds all output channels, else by one for du and sums and one
-    for dweight.
-    """
-    outer, dtype = weight.shape[0], u.y.dtype
+    """(du, sums, dweight)."""
+    (n, inner, h, w), outer, dtype, wants = u.y.shape, weight.shape[0], u.y.dtype, (want_du, want_sums, want_dweight)
     by_image = u.gate is not None or g.of.gate is not None
-    together = want_du and want_dweight and config.holds(outer, dtype)
     key = (*u.y.shape, outer, dtype, rounding, by_image, *asked(g, residual))
+    allowed = _same_rounding(dtype, rounding)
+
+    def ways() -> list[Config]:
+        return _both([OWN], allowed, config.library_backward(n * h * w, inner, outer, by_image))
+
+    def run(way: Config):
+        if way == LIBRARY:
+            return library.pointwise_backward(g, weight, u, norm_of, residual, *wants)
+        return _own_backward(key, g, weight, u, norm_of, residual, *wants, by_image, rounding)
+
+    more = library.is_deferred(u), *wants, allowed
+    return tuning.best(("pointwise_gradients", *key, *more), ways, u.y.device, _itself, run)
+
+
+def _itself(way: Config) -> Config:
+    return way
+
+
+def _own_backward(
+    key: tuple, g: Gradient, weight: Tensor, u: Value, norm_of: Norm | None, residual: Tensor | None,
+    want_du: bool, want_sums: bool, want_dweight: bool, by_image: bool, rounding: str,
+):  # fmt: skip
+    """By one kernel where a block holds all output channels, else by one for du and sums and one for dweight."""
+    together = want_du and want_dweight and config.holds(weight.shape[0], u.y.dtype)
     du = sums = parts = None
     if want_du:
         wants = want_sums, together
         du, sums, parts = _input_gradient(key, g, weight, u, norm_of, residual, *wants, by_image, rounding)
     if want_dweight and not together:
-        parts, _ = _weight_gradient(key, g, weight, u, by_image, rounding)
+        parts = _weight_gradient(key, g, weight, u, by_image, rounding)
     return du, sums, added(parts, weight.shape) if want_dweight else None
-
-
-def linear_backward(g: Gradient, weight: Tensor, u: Value, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, dweight, dbias) of a layer of squeeze-excite: a row an image, so that one group of tiles has them all."""
-    key = (*u.y.shape, weight.shape[0], u.y.dtype, rounding, False, *asked(g, None))
-    du, _, _ = _input_gradient(key, g, weight, u, None, None, False, False, False, rounding)
-    dweight, dbias = _weight_gradient(key, g, weight, u, False, rounding, bias=True)
-    return du, dweight[0], dbias[0]
 
 
 def _input_gradient(
@@ -136,7 +171,7 @@ def _input_gradient(
 
     def plan(tile: Config) -> Plan:
         least = _least_tiles(inner, outer, tile, dtype) if want_dweight else 1
-        return _product_plan(u, weight, by_image, tile, cdiv(inner, tile.blocks["IN_BLOCK"]), least, rounding)
+        return product_plan(u, weight, by_image, tile, cdiv(inner, tile.blocks["IN_BLOCK"]), least, dtype, rounding)
 
     def run(plan: Plan):
         du = empty_channels_last(u.y, tuple(u.y.shape))
@@ -152,10 +187,8 @@ def _input_gradient(
     return tuning.best(("pointwise_backward", *key, want_dweight, sums_of), tiles, u.y.device, plan, run)
 
 
-def _weight_gradient(
-    key: tuple, g: Gradient, weight: Tensor, u: Value, by_image: bool, rounding: str, bias: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """(parts of dweight, those of dbias); where there is a bias, the one part that is the whole."""
+def _weight_gradient(key: tuple, g: Gradient, weight: Tensor, u: Value, by_image: bool, rounding: str) -> Tensor:
+    """Parts of dweight."""
     outer, inner, dtype = *weight.shape[:2], u.y.dtype
 
     def tiles() -> list[Config]:
@@ -163,21 +196,16 @@ def _weight_gradient(
 
     def plan(tile: Config) -> Plan:
         blocks = cdiv(inner, tile.blocks["IN_BLOCK"]) * cdiv(outer, tile.blocks["OUT_BLOCK"])
-        found = _product_plan(u, weight, by_image, tile, blocks, _least_tiles(inner, outer, tile, dtype), rounding)
-        if not bias:
-            return found
-        images, pixels = rows_of(u.y, by_image)
-        whole = Groups(images, pixels, 1, cdiv(pixels, tile.blocks["ROWS"]), 1)
-        return Plan(blocks, whole, {**found.arguments, **whole._asdict()})
+        least = _least_tiles(inner, outer, tile, dtype)
+        return product_plan(u, weight, by_image, tile, blocks, least, dtype, rounding)
 
-    def run(plan: Plan) -> tuple[Tensor, Tensor | None]:
+    def run(plan: Plan) -> Tensor:
         parts = vectors(u.y, plan.groups.count, outer, inner)
-        of_bias = vectors(u.y, plan.groups.count, outer) if bias else None
-        arguments = {**gradient_arguments(g), **value_arguments(u), "dweight": parts, "dbias": of_bias}
-        launch(pointwise.pointwise_weight, plan, parts.device, arguments)
-        return parts, of_bias
+        arguments = {**gradient_arguments(g), **value_arguments(u), "dweight": parts}
+        launch(pointwise.pointwise_weight, plan, parts.device, {**arguments, "dbias": None})
+        return parts
 
-    return tuning.best(("pointwise_weight", *key, bias), tiles, u.y.device, plan, run)
+    return tuning.best(("pointwise_weight", *key), tiles, u.y.device, plan, run)
 
 
 def _least_tiles(inner: int, outer: int, tile: Config, dtype: torch.dtype) -> int:

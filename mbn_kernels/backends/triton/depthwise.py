@@ -16,7 +16,7 @@ import triton.language as tl
 from .device import (
     SILU,
     activate,
-    folded_scale,
+    folded_norm,
     gradient,
     kernel,
     merge,
@@ -105,10 +105,7 @@ def depthwise_forward(
     out_scale = None
     out_shift = None
     if var is not None:
-        out_scale = folded_scale(var, bn_weight, c, keep, eps)
-        out_shift = -vector(mean, c, keep) * out_scale
-        if bias is not None:
-            out_shift += vector(bias, c, keep)
+        out_scale, out_shift = folded_norm(mean, var, bn_weight, bias, c, keep, eps)
     count = 0.0
     pivot = tl.zeros((CHANNELS,), tl.float32)  # the first unit's: statistics are taken of what differs from it
     means, m2 = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)

@@ -182,12 +182,15 @@ def store_two_sums(to, channels, keep, t2, t4):
 
 
 @triton.jit
-def folded_scale(var, weight, c, keep, eps):
-    """Batch norm's scale from running statistics."""
+def folded_norm(mean, var, weight, bias, c, keep, eps):
+    """Batch norm's scale and shift from running statistics."""
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, mask=keep, other=1.0).to(tl.float32) + eps))
     if weight is not None:
         scale *= vector(weight, c, keep)
-    return scale
+    shift = -vector(mean, c, keep) * scale
+    if bias is not None:
+        shift += vector(bias, c, keep)
+    return scale, shift
 
 
 @triton.jit

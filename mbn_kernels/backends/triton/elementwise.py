@@ -1,4 +1,5 @@
-"""Kernels that walk a tensor once: the value or gradient that leaves a chain, the sums of its backward, the squeeze.
+"""Kernels that walk a tensor once: the value or gradient that leaves a chain, the sums of its backward, the squeeze;
+and, behind a product of PyTorch's, its statistics or its epilogue.
 
 Tiles are ``[ROWS, CHANNELS]`` of a dense channels-last tensor seen as rows of pixels; a program takes ``run`` tiles of
 one image and one block of channels.
@@ -17,8 +18,22 @@ from ...chain import Gradient, Norm, Value
 from ..reference import empty_channels_last
 from . import config, tuning
 from .arguments import gradient_arguments, norm_arguments, value_arguments
-from .device import gradient, kernel, place, store_sums, store_two_sums, sum_terms, tile_rows, value, vector
+from .device import (
+    activate,
+    folded_norm,
+    gradient,
+    kernel,
+    place,
+    store_moments,
+    store_sums,
+    store_two_sums,
+    sum_terms,
+    tile_rows,
+    value,
+    vector,
+)
 from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share_rows, vectors
+from .norm import Statistics
 
 
 @triton.jit
@@ -71,11 +86,70 @@ def _materialize_gradient(
 
 
 @kernel
+def _finish(
+    y, mean, var, bn_weight, bias, residual,
+    images, pixels, units, tiles, eps,
+    UNIT: tl.constexpr, OUT_ACT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A convolution's epilogue in evaluation, in place."""
+    channels = units * UNIT
+    c, keep, _, start, at, mask = _tile(channels, tiles, pixels, ROWS, CHANNELS)
+    v = tl.load(y + start + at, mask=mask, other=0.0).to(tl.float32)
+    if var is not None:
+        scale, shift = folded_norm(mean, var, bn_weight, bias, c, keep, eps)
+        v = v * scale[None, :] + shift[None, :]
+    v = activate(v, OUT_ACT)
+    if residual is not None:
+        v += tl.load(residual + start + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + start + at, v.to(y.dtype.element_ty), mask=mask)
+
+
+@kernel
+def _statistics(
+    x, counts, moments,
+    images, pixels, parts, run, span, units,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A part of :class:`norm.Statistics`: each row of the tile takes its own, of what differs from its first number, by
+    Welford's update; they are merged at the end.
+    """
+    channels = units * UNIT
+    block, group, first_image, part = place(tl.cdiv(channels, CHANNELS), parts, span)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
+    keep = c < channels
+    r = tl.arange(0, ROWS)
+    at = r[:, None] * channels + c[None, :]
+    zero = tl.zeros((ROWS, CHANNELS), tl.float32)
+    base, means, m2 = zero, zero, zero
+    done = tl.zeros((ROWS,), tl.float32)
+    for t in range(tl.minimum(span, images - first_image) * run):
+        _, row, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
+        mask = (r < rows)[:, None] & keep[None, :]
+        y = tl.load(x + row * channels + at, mask=mask, other=0.0).to(tl.float32)
+        if t == 0:
+            base = y
+        done += (r < rows).to(tl.float32)
+        share = (1.0 / tl.maximum(done, 1.0))[:, None]
+        delta = tl.where(mask, y - base - means, 0.0)
+        means += delta * share
+        m2 += delta * delta * (1.0 - share)
+    count = tl.sum(done, 0)
+    some = 1.0 / tl.maximum(count, 1.0)
+    pivot = tl.sum(base * done[:, None], 0) * some
+    off = base - pivot[None, :] + means
+    mean = tl.sum(off * done[:, None], 0) * some
+    off = off - mean[None, :]
+    total = tl.sum(m2 + off * off * done[:, None], 0)
+    store_moments(moments, counts, group, block, c, channels, keep, pivot, mean, total, count)
+
+
+@kernel
 def _reduce_gradient(
-    g_dv, x, scale, shift, gate, mean, rstd, sums,
+    g_dv, x, scale, shift, gate, mean, rstd, sums, out,
     images, pixels, parts, run, span, units,
     UNIT: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """``out``: the value, for those who need it stored."""
     channels = units * UNIT
     block, group, first_image, part = place(tl.cdiv(channels, CHANNELS), parts, span)
     c = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -95,6 +169,9 @@ def _reduce_gradient(
         dv = tl.load(g_dv + start + at, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32)
         s1, s2, s3, s4, s5 = sum_terms(dv, y, k, b, mu, rs, mask, ACT)
+        if out is not None:
+            v = value(y, k, b, vector(gate, image * channels + c, keep), ACT)
+            tl.store(out + start + at, v.to(out.dtype.element_ty), mask=mask)
         t2 += s2
         t4 += s4
         if gate is not None:
@@ -149,7 +226,7 @@ def _channels(like: Tensor) -> dict:
     return {"units": like.shape[1] // unit, "UNIT": unit}
 
 
-def _whole(kernel, name: str, like: Tensor, by_image: bool, arguments: dict) -> Tensor:
+def _one_tile(like: Tensor, by_image: bool) -> Callable[[config.Config], Plan]:
     """One tile a program, nothing to merge."""
 
     def plan(tile: config.Config) -> Plan:
@@ -159,12 +236,16 @@ def _whole(kernel, name: str, like: Tensor, by_image: bool, arguments: dict) -> 
         sizes = {"images": images, "pixels": pixels, "tiles": tiles}
         return Plan(programs, Groups(images, pixels, tiles, 1, 1), {**sizes, **_channels(like), **tile.arguments()})
 
+    return plan
+
+
+def _whole(kernel, name: str, like: Tensor, by_image: bool, arguments: dict) -> Tensor:
     def run(plan: Plan) -> Tensor:
         out = empty_channels_last(like, tuple(like.shape))
         launch(kernel, plan, like.device, {"out": out, **arguments})
         return out
 
-    return _run(name, like, by_image, plan, run)
+    return _run(name, like, by_image, _one_tile(like, by_image), run)
 
 
 def materialize(u: Value, residual: Tensor | None) -> Tensor:
@@ -175,6 +256,15 @@ def materialize(u: Value, residual: Tensor | None) -> Tensor:
 def materialize_gradient(g: Gradient, residual: Tensor | None) -> Tensor:
     arguments = {"residual": residual, **gradient_arguments(g)}
     return _whole(_materialize_gradient, "materialize_gradient", g.dv, g.of.gate is not None, arguments)
+
+
+def finish(y: Tensor, after: dict) -> None:
+    """Does to a raw output, in its place, what an epilogue (:func:`convolutions.epilogue`) says."""
+
+    def run(plan: Plan) -> None:
+        launch(_finish, plan, y.device, {"y": y, **after})
+
+    _run("finish", y, False, _one_tile(y, False), run)
 
 
 def empty_sums(u: Value, groups: Groups) -> Tensor:
@@ -194,15 +284,35 @@ def _reducing(like: Tensor, by_image: bool) -> Callable[[config.Config], Plan]:
 
 
 def reduce_gradient(dv: Tensor, u: Value, norm: Norm | None) -> Tensor:
+    return _reduce_gradient_and(dv, u, norm, None)
+
+
+def reduce_gradient_and_materialize(dv: Tensor, u: Value, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """(the sums, the value): both from one reading."""
+    out = empty_channels_last(u.y, tuple(u.y.shape))
+    return _reduce_gradient_and(dv, u, norm, out), out
+
+
+def _reduce_gradient_and(dv: Tensor, u: Value, norm: Norm | None, out: Tensor | None) -> Tensor:
     by_image = u.gate is not None
 
     def run(plan: Plan) -> Tensor:
         sums = empty_sums(u, plan.groups)
-        arguments = {"g_dv": dv, "sums": sums, **value_arguments(u), **norm_arguments(norm)}
+        arguments = {"g_dv": dv, "sums": sums, "out": out, **value_arguments(u), **norm_arguments(norm)}
         launch(_reduce_gradient, plan, dv.device, arguments)
         return sums
 
-    return _run("reduce_gradient", u.y, by_image, _reducing(u.y, by_image), run)
+    name = "reduce_gradient" if out is None else "reduce_gradient_and_materialize"
+    return _run(name, u.y, by_image, _reducing(u.y, by_image), run)
+
+
+def statistics(y: Tensor) -> Statistics:
+    def run(plan: Plan) -> Statistics:
+        found = Statistics(y, plan.groups.count, y.shape[1])
+        launch(_statistics, plan, y.device, {"x": y, **found.arguments()})
+        return found
+
+    return _run("statistics", y, False, _reducing(y, False), run)
 
 
 def pool(u: Value) -> Tensor:

@@ -8,10 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...activations import ACTIVATIONS
-from ...chain import Chain, Gradient, Stage, Value, stage_parameters
+from ...chain import Chain, Stage, Value, stage_parameters
 from ..reference import ReferenceKernels
-from . import convolutions, elementwise, norm
+from . import convolutions, elementwise, gates, norm
 from .convolutions import RAW, epilogue, precision
 
 #: Larger windows do not fit in registers; PyTorch's own convolution takes them, between the same fused stages.
@@ -99,41 +98,14 @@ class TritonKernels:
         return du, elementwise.reduce_gradient(du, u, norm) if want_sums else None, dweight
 
     def gate_forward(self, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]) -> Tensor:
-        return _gate_layers(pooled, p, acts, activated=True)[1].y.flatten(1)
+        return gates.forward(pooled, p, acts)
 
     def gate_backward(self, sums: Tensor, pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str]):
-        dgate = sums[:, :, 0].sum(1)[:, :, None, None]
-        hidden, logits = _gate_layers(pooled, p, acts, activated=False)  # small: recomputed, not saved
-        w1, w2 = (_matrix(p[name], pooled) for name in ("w1", "w2"))
-        squeezed, rounding = _map(pooled), precision(pooled.dtype, conv=False)
-        dhidden, dw2, db2 = convolutions.linear_backward(Gradient(dgate, logits), w2, hidden, rounding)
-        dpooled, dw1, db1 = convolutions.linear_backward(Gradient(dhidden, hidden), w1, squeezed, rounding)
-        return dpooled.flatten(1), {"w1": dw1, "b1": db1, "w2": dw2, "b2": db2}
-
-
-def _map(pooled: Tensor) -> Value:
-    """[N, C] as 1x1 maps: squeeze-excite's two layers are then 1x1 convolutions with a bias."""
-    return Value(pooled[:, :, None, None])
-
-
-def _matrix(weight: Tensor, pooled: Tensor) -> Tensor:
-    return weight.flatten(1).to(pooled.dtype)
-
-
-def _gate_layers(pooled: Tensor, p: dict[str, Tensor], acts: tuple[str, str], activated: bool) -> list[Value]:
-    """[hidden, gate]; where not ``activated``, as deferred values that backward can differentiate."""
-    u, rounding, found = _map(pooled), precision(pooled.dtype, conv=False), []
-    for act, weight, bias in zip(acts, ("w1", "w2"), ("b1", "b2"), strict=True):
-        after = {**RAW, "bias": p[bias], "OUT_ACT": ACTIVATIONS[act if activated else "identity"].code}
-        y, _ = convolutions.pointwise_forward(u, _matrix(p[weight], pooled), False, after, rounding)
-        u = Value(y, act="identity" if activated else act)
-        found.append(u)
-    return found
+        return gates.backward(sums[:, :, 0].sum(1), pooled, p, acts)
 
 
 def gated(y: Tensor, stage: Stage, p: dict[str, Tensor], parts: Tensor | None) -> Value:
     """A stage's output, with the gate that its mean over each image makes."""
     if not stage.gate:
         return Value(y)
-    pooled = elementwise.mean_of_parts(parts)
-    return Value(y, gate=_gate_layers(pooled, p, stage.gate, activated=True)[1].y.flatten(1))
+    return Value(y, gate=gates.forward(elementwise.mean_of_parts(parts), p, stage.gate))

@@ -2,7 +2,8 @@
 
 A program takes ``run`` tiles of ROWS pixels of one image (of all images where nothing depends on the image) and one
 block of channels. Programs that read the same rows are neighbours in the grid, so that memory is read once and the
-others find the rows in the second-level cache. OUT is the layer's output width, IN its input width.
+others find the rows in the second-level cache. OUT is the layer's output width, IN its input width, DTYPE that in which
+operands are multiplied.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from .device import (
     activate,
-    folded_scale,
+    folded_norm,
     gradient,
     kernel,
     merge,
@@ -71,24 +72,23 @@ def pointwise_forward(
     images, pixels, parts, run, span, in_units, out_units, eps,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT: tl.constexpr, OUT_ACT: tl.constexpr,
     ROWS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = value(u) weight^T. In training (``moments``) with its statistics; in evaluation (``var`` or ``bias``)
     normalised, activated and added to the residual.
     """
     IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
-    DTYPE: tl.constexpr = y.dtype.element_ty
     block, group, first_image, part = place(tl.cdiv(OUT, OUT_BLOCK), parts, span)
     r, n = tl.arange(0, ROWS), block * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
     k0 = tl.arange(0, IN_BLOCK)
     keep = n < OUT
 
     out_scale = None
-    out_shift = vector(bias, n, keep)
+    out_shift = None
     if var is not None:
-        out_scale = folded_scale(var, bn_weight, n, keep, eps)
-        moved = -vector(mean, n, keep) * out_scale
-        out_shift = moved if bias is None else out_shift + moved
+        out_scale, out_shift = folded_norm(mean, var, bn_weight, bias, n, keep, eps)
+    elif bias is not None:
+        out_shift = vector(bias, n, keep)
     if ONE_BLOCK:  # the whole weight stays in registers or shared memory
         w = _weight_tile(weight, n[None, :], k0[:, None], OUT, IN, DTYPE)
     count = 0.0
@@ -116,7 +116,7 @@ def pointwise_forward(
         at = r[:, None] * OUT + n[None, :]
         if residual is not None:
             total += tl.load(residual + start * OUT + at, mask=mask, other=0.0).to(tl.float32)
-        stored = total.to(DTYPE)
+        stored = total.to(y.dtype.element_ty)
         tl.store(y + start * OUT + at, stored, mask=mask)
         if moments is not None:
             kept = stored.to(tl.float32)
@@ -139,13 +139,12 @@ def pointwise_backward(
     images, pixels, parts, run, span, in_units, out_units,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT: tl.constexpr, G_ACT: tl.constexpr,
     ROWS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """du = dy weight (+ residual), the sums of the stage before at du, and, where one block holds the output channels,
     a part of dweight: everything from one reading of dy and u.
     """
     IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
-    DTYPE: tl.constexpr = du.dtype.element_ty
     block, group, first_image, part = place(tl.cdiv(IN, IN_BLOCK), parts, span)
     r, k = tl.arange(0, ROWS), block * IN_BLOCK + tl.arange(0, IN_BLOCK)
     n0 = tl.arange(0, OUT_BLOCK)
@@ -186,7 +185,7 @@ def pointwise_backward(
                 total = product(dy, w, total, DTYPE, PRECISION)
         if residual is not None:
             total += tl.load(residual + start * IN + at, mask=mask, other=0.0).to(tl.float32)
-        stored = total.to(DTYPE)
+        stored = total.to(du.dtype.element_ty)
         tl.store(du + start * IN + at, stored, mask=mask)
         if sums is not None:
             kept = stored.to(tl.float32)
@@ -218,13 +217,12 @@ def pointwise_weight(
     images, pixels, parts, run, span, in_units, out_units,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT: tl.constexpr, G_ACT: tl.constexpr,
     ROWS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of dweight = dy^T value(u): the sum over the group's pixels, for one block of both widths; of a layer with
     a bias that of dbias, too.
     """
     IN, OUT = in_units * IN_UNIT, out_units * OUT_UNIT
-    DTYPE: tl.constexpr = x.dtype.element_ty
     in_blocks = tl.cdiv(IN, IN_BLOCK)
     block, group, first_image, part = place(in_blocks * tl.cdiv(OUT, OUT_BLOCK), parts, span)
     k = block % in_blocks * IN_BLOCK + tl.arange(0, IN_BLOCK)
