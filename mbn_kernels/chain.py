@@ -295,13 +295,9 @@ def _norm(kernels: Kernels, stage: Stage, p: dict, y: Tensor, statistics) -> tup
         mean, var = p["running_mean"].to(dtype), p["running_var"].to(dtype)
         return kernels.running_norm(mean, var, weight, bias, stage.eps), [], []
     count = y.numel() // max(y.shape[1], 1)
+    rows, mean, unbiased = kernels.batch_norm(statistics, count, weight, bias, stage.eps)
     if stage.group is None:
-        rows, mean, unbiased = kernels.batch_norm(statistics, count, weight, bias, stage.eps)
         return rows, [mean, unbiased], []
-    if count:
-        _, mean, unbiased = kernels.batch_norm(statistics, count, None, None, stage.eps)
-    else:
-        mean = unbiased = y.new_zeros(y.shape[1], dtype=dtype)
     merged = synchronize.merge_statistics(mean, unbiased, count, stage.group)
     rows = kernels.running_norm(merged.mean, merged.var, weight, bias, stage.eps)
     return rows, [merged.mean, merged.unbiased], [merged.share]
@@ -382,7 +378,7 @@ def _through_norm(kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Te
     count = max(value.y.numel() // max(value.y.shape[1], 1), 1) if stage.norm == "batch" else None
     dweight, dbias, b, c = kernels.norm_backward(sums, value.gate, q, point.rows, count)
     if stage.group is not None:
-        b, c = synchronize.sum_gradients(b, c, value.y.numel(), point.share, stage.group)
+        b, c = synchronize.sum_gradients(b, c, point.share, stage.group)
     if stage.affine:
         found["bn_weight"], found["bn_bias"] = dweight, dbias
     return Gradient(dv, value, q, point.norm.scale, b, c), found

@@ -109,13 +109,14 @@ def run_chain(
     else:
         out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
     if running:
-        update_running(running, statistics, x.numel(), [] if x.numel() else _shared(spec))
+        update_running(running, statistics, x.numel(), () if x.numel() else _shared(spec))
     return out
 
 
-def _shared(spec: str) -> list[bool]:
+@torch.compiler.assume_constant_result
+def _shared(spec: str) -> tuple[bool, ...]:
     """Of each stage with batch statistics, whether they are those of a process group."""
-    return [stage.group is not None for stage in parse(spec).stages if stage.norm == "batch"]
+    return tuple(stage.group is not None for stage in parse(spec).stages if stage.norm == "batch")
 
 
 def evaluates(spec: str, residual: bool, backend: str) -> bool:

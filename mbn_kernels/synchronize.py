@@ -35,27 +35,22 @@ class Merged(NamedTuple):
 
 def merge_statistics(mean: Tensor, unbiased: Tensor, count: int, group: str) -> Merged:
     """From the mean and unbiased var ``[C]`` of this process's ``count`` values per channel those of all processes, the
-    same bits in each; ``group`` is the process group's name. Without values, mean and var are any finite numbers.
+    same bits in each; ``group`` is the process group's name. What a process without values calls its mean is ignored.
     """
     m2 = unbiased * (count - 1) if count > 1 else torch.zeros_like(mean)
     own = torch.cat([mean.new_full((1,), count), mean, m2])
     # In float64: these numbers are few, and everything depends on them.
     counts, means, m2s = _gather(own, group).double().split([1, len(mean), len(mean)], 1)
-    total = counts.sum(0)
-    merged = (counts * means).sum(0) / total
-    # An empty process's mean may not count, not even as 0*NaN.
-    apart = torch.where(counts > 0, means - merged, 0.0)
-    m2 = (m2s + counts * apart.square()).sum(0)
+    some, total = counts > 0, counts.sum(0)
+    merged = torch.where(some, counts * means, 0.0).sum(0) / total
+    m2 = torch.where(some, m2s + counts * (means - merged).square(), 0.0).sum(0)
     found = merged, m2 / total, m2 / (total - 1), count / total
     return Merged(*(t.to(mean.dtype) for t in found))
 
 
-def sum_gradients(b: Tensor, c: Tensor, values: int, share: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """From this process's b and c ``[C]`` those of all processes; ``share`` is its share of the values. One without
-    ``values`` adds nothing, whatever its b and c.
-    """
-    own = torch.stack([b, c])
-    terms = own * share if values else torch.zeros_like(own)
+def sum_gradients(b: Tensor, c: Tensor, share: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """From this process's b and c ``[C]`` those of all processes; ``share`` is its share of the values, 0 without."""
+    terms = torch.stack([b, c]) * share
     dist.all_reduce(terms, group=_process_group(group))
     return terms[0], terms[1]
 
