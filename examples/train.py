@@ -252,16 +252,20 @@ def build_model(args: argparse.Namespace, classes: int, display: Display) -> nn.
     return model
 
 
-def synchronise(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """Batch norm over all processes; on the CPU in fused blocks only, as stock SyncBatchNorm refuses there."""
+def to_synchronise(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
+    """Whose batch norms span all processes: on the CPU only fused blocks', as stock SyncBatchNorm refuses there."""
     if args.device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return [model]
     blocks = [m for m in model.modules() if hasattr(m, "why_not_fused") and m.why_not_fused() is None]
-    if not blocks:
-        fail("--sync-bn: on the CPU only fused blocks can, and this model has none")
-    for block in blocks:
-        nn.SyncBatchNorm.convert_sync_batchnorm(block)
-    return model
+    return blocks or fail("--sync-bn: on the CPU only fused blocks can, and this model has none")
+
+
+def synchronise(module: nn.Module, args: argparse.Namespace) -> None:
+    if args.model.startswith("timm:"):  # whose batch norms may hold an activation
+        from timm.layers import convert_sync_batchnorm
+    else:
+        convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
+    convert_sync_batchnorm(module)
 
 
 def start(args: argparse.Namespace, options: dict, display: Display) -> Run:
@@ -270,8 +274,6 @@ def start(args: argparse.Namespace, options: dict, display: Display) -> Run:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = args.bn_momentum
-    if args.sync_bn:
-        model = synchronise(model, args)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(args.device, memory_format=layout)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
@@ -465,10 +467,13 @@ def train(args: argparse.Namespace) -> int:
     if on_gpu:
         torch.cuda.set_device(args.device)
     run = start(args, options, display)
+    synchronised = to_synchronise(run.model, args) if args.sync_bn else []
     net = run.model
     if WORLD > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
         net = DistributedDataParallel(net, device_ids=[args.device] if on_gpu else None)
+    for module in synchronised:  # now, as DDP takes no SyncBatchNorm on the CPU
+        synchronise(module, args)
     torch.manual_seed(args.seed + RANK)
     random.seed(args.seed + RANK)
     if state:
