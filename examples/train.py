@@ -68,9 +68,9 @@ Batch = tuple[Tensor, Tensor]
 
 
 def fail(sentence: str) -> NoReturn:
-    if RANK != 0:
-        time.sleep(10)  # the first process to end has torchrun end the others: let it be the one that speaks
-    sys.exit(f"train: {sentence}" if RANK == 0 else 1)
+    if RANK != 0:  # most mistakes are everyone's: the first process speaks, and its end has torchrun end the others
+        time.sleep(10)
+    sys.exit(f"train: {sentence}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -252,20 +252,12 @@ def build_model(args: argparse.Namespace, classes: int, display: Display) -> nn.
     return model
 
 
-def to_synchronise(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
+def synchronised(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
     """Whose batch norms span all processes: on the CPU only fused blocks', as stock SyncBatchNorm refuses there."""
     if args.device.type != "cpu":
         return [model]
     blocks = [m for m in model.modules() if hasattr(m, "why_not_fused") and m.why_not_fused() is None]
     return blocks or fail("--sync-bn: on the CPU only fused blocks can, and this model has none")
-
-
-def synchronise(module: nn.Module, args: argparse.Namespace) -> None:
-    if args.model.startswith("timm:"):  # whose batch norms may hold an activation
-        from timm.layers import convert_sync_batchnorm
-    else:
-        convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
-    convert_sync_batchnorm(module)
 
 
 def start(args: argparse.Namespace, options: dict, display: Display) -> Run:
@@ -292,14 +284,10 @@ def learning_rate(args: argparse.Namespace, at: int, steps: int) -> float:
     return args.lr * warm_up * (1 + math.cos(math.pi * at / (args.epochs * steps))) / 2
 
 
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device.type, PRECISIONS[args.amp], enabled=args.amp != "off")
-
-
 def train_step(run: Run, net: nn.Module, batch: Batch, args: argparse.Namespace, lr: float) -> Tensor:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    with autocast(args):
+    with torch.autocast(args.device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
         loss = F.cross_entropy(net(batch[0]), batch[1], label_smoothing=args.label_smoothing)
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
@@ -328,7 +316,7 @@ def validate(model: nn.Module, dataset: Images, args: argparse.Namespace) -> dic
     own = list(range(RANK, len(dataset), WORLD))
     for batch in load(dataset, own, 0, args, 0, args.limit_steps or len(own)):
         images, labels = to_device(batch, args)
-        with autocast(args):
+        with torch.autocast(args.device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
             logits = model(images)
         sums[0] += F.cross_entropy(logits.float(), labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
@@ -441,7 +429,8 @@ def train_epoch(run: Run, net: nn.Module, data: Data, args: argparse.Namespace, 
                 return False
         if args.checkpoint_every and run.step % args.checkpoint_every == 0:
             save_checkpoint(run, args.checkpoint)
-    [train_loss] = summed(torch.as_tensor([run.loss_sum], device=args.device) / (WORLD * steps))
+    loss_sum = torch.tensor([float(run.loss_sum)], dtype=torch.float64, device=args.device)
+    [train_loss] = summed(loss_sum / (WORLD * steps))
     found = validate(run.ema or run.model, Images(data.validation, args.size), args)
     run.history.append({"epoch": run.epoch + 1, "train_loss": train_loss, **found, "images_per_s": rate})
     display.show(accuracy=found["accuracy"])
@@ -467,13 +456,15 @@ def train(args: argparse.Namespace) -> int:
     if on_gpu:
         torch.cuda.set_device(args.device)
     run = start(args, options, display)
-    synchronised = to_synchronise(run.model, args) if args.sync_bn else []
+    blocks, convert = synchronised(run.model, args) if args.sync_bn else [], nn.SyncBatchNorm.convert_sync_batchnorm
+    if args.sync_bn and args.model.startswith("timm:"):  # whose batch norms may hold an activation
+        from timm.layers import convert_sync_batchnorm as convert
     net = run.model
     if WORLD > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
         net = DistributedDataParallel(net, device_ids=[args.device] if on_gpu else None)
-    for module in synchronised:  # now, as DDP takes no SyncBatchNorm on the CPU
-        synchronise(module, args)
+    for block in blocks:  # now, as DDP takes no SyncBatchNorm on the CPU
+        convert(block)
     torch.manual_seed(args.seed + RANK)
     random.seed(args.seed + RANK)
     if state:
@@ -487,7 +478,7 @@ def train(args: argparse.Namespace) -> int:
                 return 1
     display.table(f"{args.model}, {'fused' if args.fuse else 'stock'}, {args.size}x{args.size}", run.history)
     if args.checkpoint:
-        display.say(f"wrote {args.checkpoint}")
+        display.say(f"the weights are in {args.checkpoint}")
     return 0
 
 
