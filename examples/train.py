@@ -4,7 +4,7 @@
     python examples/train.py --data PATH --model mobilenet_v3_large --size 224 --epochs 90 --batch-size 256
     python examples/train.py --data PATH --model timm:mobilenetv3_large_100 --size 224       # or torchvision:NAME
     torchrun --nproc-per-node 2 examples/train.py --sync-bn         # gloo on the CPU, NCCL on GPUs
-    torchrun --nproc-per-node 8 examples/train.py --data PATH --size 224 --batch-size 1024 --lr 0.5 --epochs 300 \
+    torchrun --nproc-per-node 8 examples/train.py --data PATH --size 224 --batch-size 1024 --lr 0.5 --epochs 300 \\
         --amp bfloat16 --ema 0.9999 --checkpoint run.pt --checkpoint-every 500 --resume --json-log run.jsonl
 
 PATH has a folder for each class, or folders train and val that do; without them every fifth image validates.
@@ -464,7 +464,8 @@ def train(args: argparse.Namespace) -> int:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
         net = DistributedDataParallel(net, device_ids=[args.device] if on_gpu else None)
     for block in blocks:  # now, as DDP takes no SyncBatchNorm on the CPU
-        convert(block)
+        if not any(isinstance(m, nn.SyncBatchNorm) for m in block.modules()):  # else it was in the block before
+            convert(block)
     torch.manual_seed(args.seed + RANK)
     random.seed(args.seed + RANK)
     if state:
