@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -79,7 +80,12 @@ def kill(root: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def run(processes: int, *options: object) -> tuple[int, str]:
+def run(train: ModuleType, processes: int, *options: object) -> tuple[int, str]:
+    """One process is this one, on one thread as those that it starts."""
+    if processes == 1:
+        torch.set_num_threads(1)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            return train.main([*map(str, options)]), out.getvalue()
     with started(processes, *options) as process:
         out, _ = process.communicate(timeout=PATIENCE)
     return process.returncode, out
@@ -150,11 +156,11 @@ def test_a_loss_that_is_no_number_fails(train, capsys):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes to kill in /proc")
 @pytest.mark.parametrize("processes, more", [(1, []), (2, ["--sync-bn", "--amp", "bfloat16", "--batch-size", 72])])
-def test_killed_and_resumed_ends_with_the_same_bits(processes, more, tmp_path):
+def test_killed_and_resumed_ends_with_the_same_bits(train, processes, more, tmp_path):
     """With two processes under all else at once; their 5 batches of 72 are all 359 images of validation."""
     whole, killed, log = tmp_path / "whole.pt", tmp_path / "killed.pt", tmp_path / "log.jsonl"
     options = [*TINY, "--limit-steps", 5, "--checkpoint-every", 2, "--ema", 0.5, *more]
-    status, out = run(processes, *options, "--checkpoint", whole)
+    status, out = run(train, processes, *options, "--checkpoint", whole)
     assert status == 0, out
     assert out.count("training loss") == 1, "expected one process to speak"
     options += ["--checkpoint", killed, "--json-log", log]
@@ -166,7 +172,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(processes, more, tmp_path):
         killed.unlink(), log.unlink()
     else:
         pytest.fail("no checkpoint is from within the second epoch")
-    status, out = run(processes, *options, "--resume")
+    status, out = run(train, processes, *options, "--resume")
     assert status == 0 and f"epoch 2, step {half['step'] + 1}" in out, out
 
     # Of the steps that ran twice, both times gave the same loss.
