@@ -32,6 +32,12 @@ def _cpu_supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+_SUPPORTS: dict[str, Callable[[torch.device, torch.dtype], str | None]] = {
+    "reference": _reference_supports,
+    "cpu": _cpu_supports,
+    "triton": triton.supports,
+    "cuda": cuda.supports,
+}
 _LOADERS: dict[str, Callable[[], Backend]] = {
     "reference": lambda: Backend(ReferenceKernels(), None, _reference_supports),
     "cpu": lambda: Backend(cpu.CpuKernels(), cpu.load(), _cpu_supports),
@@ -109,6 +115,13 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
             return name
     _warn_reference(device.type, dtype, reason)
     return "reference"
+
+
+def why_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the backend for tensors like these expects instead of them; None where it takes them. Nothing is loaded for
+    it, so that torch.compile can trace the question.
+    """
+    return _SUPPORTS[choose(device, dtype)](device, dtype)
 
 
 _warned: set[tuple[str, torch.dtype]] = set()

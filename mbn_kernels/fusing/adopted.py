@@ -137,7 +137,7 @@ def runs_fused(x: Tensor) -> bool:
     device, dtype = x.device, x.dtype
     if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    reason = backends.get(backends.choose(device, dtype)).supports(device, dtype)
+    reason = backends.why_unsupported(device, dtype)
     if reason:
         _warn_stock(device.type, dtype, reason)
     return not reason
@@ -153,10 +153,17 @@ def _warn_stock(device_type: str, dtype: torch.dtype, reason: str) -> None:
 
 
 def tree_of(module: nn.Module) -> tuple:
-    """The names of all modules below, and the classes of those that have children: what a trace depends on."""
-    return tuple(
-        (name, None if not m._modules or norm_kind(type(m)) else own_class(m)) for name, m in module.named_modules()
-    )
+    """The names of all modules below, and the classes of those that have children: what a trace depends on. A batch norm
+    is looked at as one layer, and conversions may put an activation that it holds in another place.
+    """
+    found, norms = [], ()
+    for name, m in module.named_modules():
+        if name.startswith(norms):
+            continue
+        norm = norm_kind(type(m)) is not None
+        norms = (*norms, f"{name}.") if norm and m._modules else norms
+        found.append((name, None if norm or not m._modules else own_class(m)))
+    return tuple(found)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

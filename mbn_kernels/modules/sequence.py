@@ -30,7 +30,7 @@ def run_in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
         return _one_by_one(modules, x)
     backend, waiting = backends.choose(x.device, x.dtype), []
-    if backends.get(backend).supports(x.device, x.dtype):
+    if backends.why_unsupported(x.device, x.dtype):
         return _one_by_one(modules, x)
     for module in modules:
         call = module.call() if isinstance(module, FusedModule) and not has_hook(module) else None
