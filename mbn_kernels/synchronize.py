@@ -57,7 +57,7 @@ def sum_gradients(b: Tensor, c: Tensor, share: Tensor, group: str) -> tuple[Tens
 
 def _gather(own: Tensor, group: str) -> Tensor:
     """``own`` of each process, in the order of ranks: ``[processes, len(own)]``."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name in torch 2.11
     processes = _process_group(group)
     found = own.new_empty(processes.size() * len(own))
     gather(found, own, processes)
