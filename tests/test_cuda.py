@@ -169,6 +169,24 @@ def test_matches_the_oracle(on_each: str, case: Case, dtype: torch.dtype, traini
     compare_case(fused_chain, case, dtype, training, change=to_cuda)
 
 
+@BY_DTYPE
+@pytest.mark.parametrize("case", CASES, ids=str)
+@MODES
+def test_pytorchs_products_match_the_oracle(
+    on_triton, monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype, training: bool
+) -> None:
+    """The other way to run 1x1 convolutions, which is for larger ones than these."""
+    from mbn_kernels.backends.triton import config, library, tuning
+
+    ran, product = [], library.pointwise_forward
+    monkeypatch.setattr(library, "pointwise_forward", lambda *args: ran.append(args) or product(*args))
+    monkeypatch.setattr(tuning, "_plans", {})  # of the way that was chosen before
+    for name in ("library_forward", "library_backward"):
+        monkeypatch.setattr(config, name, lambda *_: True)
+    compare_case(fused_chain, case, dtype, training, change=to_cuda)
+    assert ran
+
+
 def test_tf32_is_rounded(on_triton) -> None:
     """Of positive numbers digits cut off would show: every product would be too small, by 7e-4 on the average."""
     torch.backends.cudnn.allow_tf32 = True

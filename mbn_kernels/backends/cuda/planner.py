@@ -54,7 +54,7 @@ class Rates(NamedTuple):
     next: float = 2e-6
     pointwise: float = 2.6e12
     depthwise: float = 1.75e12
-    products: float = 3.1e13
+    products: float = 6e13
     tile: float = 3.2e-6
     chunk: float = 1.23e-6
     expand: float = 0.66e-9

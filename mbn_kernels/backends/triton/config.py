@@ -50,16 +50,14 @@ def _distinct(configs: list[Config]) -> list[Config]:
 # One walk over a tensor -----------------------------------------------------------------------------------------------
 
 
-def elementwise(channels: int, pixels: int) -> list[Config]:
+def elementwise(channels: int, pixels: int, numbers: int = 0) -> list[Config]:
     """Whole rows of channels where they fit, as memory is then read in one run; two 16-byte loads a thread and tensor,
-    or half or twice of it.
+    or half or twice of it: half where a program keeps so many ``numbers`` for each of the tile that registers are few.
     """
+    sizes = ((2048, 4), (1024, 4), (4096, 8)) if numbers <= 3 else ((1024, 4), (2048, 8), (2048, 4))
     c = _block(channels, 8, 128)
     return _distinct(
-        [
-            Config({"CHANNELS": c, "ROWS": _block(pixels, 1, max(elements // c, 1))}, warps)
-            for elements, warps in ((2048, 4), (1024, 4), (4096, 8))
-        ]
+        [Config({"CHANNELS": c, "ROWS": _block(pixels, 1, max(elements // c, 1))}, warps) for elements, warps in sizes]
     )
 
 
@@ -99,28 +97,67 @@ def _product(pixels: int, rows: int, blocks: dict, numbers, most: int, stages: i
     )
 
 
+# What follows was measured on an H100 with 16-bit numbers at batch 256, for the layers of V1, V2 and V3-Large.
+
 #: Multiply-adds below which starting the library's several kernels takes longer than anything that they save.
 _LEAST_PRODUCTS = 1 << 27
 
 
-def library_forward(pixels: int, inner: int, outer: int, deferred: bool, statistics: bool, gated: bool) -> bool:
-    """Whether PyTorch's product, behind a pass that stores its operand where that is ``deferred`` and in front of one
-    for statistics or the epilogue, is the likely faster way.
+def library_forward(pixels: int, inner: int, outer: int, statistics: bool) -> bool:
+    """Whether PyTorch's product, behind a pass that stores a deferred operand and in front of one for statistics or the
+    epilogue, is the likely faster way.
     """
     if pixels * inner * outer < _LEAST_PRODUCTS:
         return False
-    if not statistics:
-        return min(inner, outer) >= 128
-    return inner * outer >= (1 << 14) or gated or not deferred
+    return min(inner, outer) > 64 if statistics else inner * outer >= 1 << 20
 
 
 def library_backward(pixels: int, inner: int, outer: int, gated: bool) -> bool:
-    """The same of both gradients."""
-    return pixels * inner * outer >= _LEAST_PRODUCTS and (inner * outer > 6144 or gated)
+    """The same of both gradients: a gate's five sums and a product together have not enough registers."""
+    return pixels * inner * outer >= _LEAST_PRODUCTS and (inner * outer > 1 << 13 or gated)
 
 
-def pointwise_forward(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:
+#: Programs below which tiles are made smaller: a large GPU's multiprocessors.
+_FEW = 128
+
+
+def _forward_tiles(pixels: int, inner: int, outer: int, statistics: bool, deferred: bool, in_all: int) -> list[Config]:
+    """Of 16-bit numbers. Programs of four warps and few rows, as several on a multiprocessor wait for memory better
+    than one; a deferred operand is evaluated for each block of outputs anew, so that these are wide.
+    """
+    i = _block(inner, 16, 64)
+    one = i >= inner
+    widest = (128 if deferred else 64) if one else 128
+    rows, warps, stages = (32, 4, 3) if one else (64, 4, 4)
+    if statistics and not one:
+        widest, rows, warps, stages = (64, 64, 4, 3) if outer <= 64 else (128, 128, 8, 3)
+    while cdiv(in_all, rows) * cdiv(outer, widest) < _FEW and (rows > 16 or widest > 32):
+        warps = 4
+        if widest > 32:
+            widest //= 2
+        else:
+            rows //= 2
+
+    def config(rows: int = rows, warps: int = warps, widest: int = widest, stages: int = stages) -> Config:
+        blocks = {"IN_BLOCK": i, "OUT_BLOCK": _block(outer, 16, widest), "ONE_BLOCK": one}
+        return Config({**blocks, "ROWS": _block(pixels, 16, rows), "STAGES": stages}, warps, stages)
+
+    other = 64 if widest == 128 else 2 * widest
+    return _distinct(
+        [config(), config(2 * rows), config(2 * rows, 8), config(widest=other), config(stages=stages + 1),
+         config(2 * rows, 8, other), config(max(rows // 2, 16)), config(warps=12 - warps)]
+    )  # fmt: skip
+
+
+def pointwise_forward(
+    pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str,
+    statistics: bool, deferred: bool, in_all: int,
+) -> list[Config]:  # fmt: skip
+    """``pixels`` of an image where anything depends on the image, else ``in_all`` images."""
     plain, found = _plain(dtype, precision), []
+    few = cdiv(in_all, 128) * cdiv(outer, 128) < _FEW
+    if dtype.itemsize == 2 and (inner > 64 or few or (statistics and outer > 32)):
+        return _forward_tiles(pixels, inner, outer, statistics, deferred, in_all)
     # The ordinary units hold the factors in registers, too: fewer of them, and fewer numbers a thread.
     narrow, rows, numbers = (16, 64, 48) if plain else (128 // dtype.itemsize, 128, _MOST)
     i = _block(inner, 16, narrow)
@@ -158,6 +195,8 @@ def pointwise_backward(
         return each * (rows * i * of_du + rows * o + o * i)
 
     i = _block(inner, 16, 128 if dtype.itemsize == 2 else 32 if together else 64)
+    if together and dtype.itemsize == 2:
+        return _backward_tiles(pixels, i, o, sums)
     while i > 16 and numbers(32, i) > _MOST * 256:
         i //= 2
     for width in (i, max(i // 2, 16)):
@@ -165,6 +204,28 @@ def pointwise_backward(
         rows = 32 if dtype.itemsize == 4 else 64
         found.append(_product(pixels, rows, blocks, lambda rows, i=width: numbers(rows, i), _MOST, 2))
     return _distinct(found[0] + found[1][:3])
+
+
+def _backward_tiles(pixels: int, i: int, o: int, sums: int) -> list[Config]:
+    """Of 16-bit numbers, with dweight: four warps that hold 190 numbers a thread, where 32 rows leave it at that."""
+    of_du = {0: 2, 2: 4, 5: 9}[sums]
+
+    def numbers(rows: int, i: int) -> int:
+        return rows * i * of_du + rows * o + o * i
+
+    while i > 16 and numbers(32, i) > 200 * 128:
+        i //= 2
+    rows = 64 if numbers(64, i) <= 190 * 128 else 32
+
+    def config(rows: int = rows, warps: int = 4, width: int = i, stages: int = 2) -> Config:
+        blocks = {"IN_BLOCK": width, "OUT_BLOCK": o, "ONE_BLOCK": True}
+        return Config({**blocks, "ROWS": _block(pixels, 16, rows), "STAGES": stages}, warps, stages)
+
+    half = max(i // 2, 16)
+    return _distinct(
+        [config(), config(96 - rows), config(64, 8), config(32, 8), config(width=half), config(64, 8, half),
+         config(stages=3), config(96 - rows, width=half)]
+    )  # fmt: skip
 
 
 def pointwise_weight(pixels: int, inner: int, outer: int, dtype: torch.dtype, precision: str) -> list[Config]:

@@ -70,9 +70,9 @@ def pointwise_forward(u: Value, weight: Tensor, statistics: bool, after: dict, r
     deferred, allowed = library.is_deferred(u), _same_rounding(dtype, rounding)
 
     def tiles() -> list[Config]:
-        own = config.pointwise_forward(rows_of(u.y, by_image)[1], inner, outer, dtype, rounding)
-        first = config.library_forward(n * h * w, inner, outer, deferred, statistics, by_image)
-        return _both(own, allowed, first)
+        sizes = rows_of(u.y, by_image)[1], inner, outer
+        own = config.pointwise_forward(*sizes, dtype, rounding, statistics, deferred, n * h * w)
+        return _both(own, allowed, config.library_forward(n * h * w, inner, outer, statistics))
 
     def plan(tile: Config) -> Plan | Config:
         if tile == LIBRARY:

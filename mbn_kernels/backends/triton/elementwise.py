@@ -35,6 +35,9 @@ from .device import (
 from .launch import Groups, Plan, cdiv, channel_unit, launch, rows_of, share_rows, vectors
 from .norm import Statistics
 
+#: Tiles that the reductions load ahead: their own registers leave room for few programs, and so for few loads at once.
+AHEAD = tl.constexpr(3)
+
 
 @triton.jit
 def _tile(channels, tiles, pixels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
@@ -122,7 +125,7 @@ def _statistics(
     zero = tl.zeros((ROWS, CHANNELS), tl.float32)
     base, means, m2 = zero, zero, zero
     done = tl.zeros((ROWS,), tl.float32)
-    for t in range(tl.minimum(span, images - first_image) * run):
+    for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=AHEAD):
         _, row, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
         mask = (r < rows)[:, None] & keep[None, :]
         y = tl.load(x + row * channels + at, mask=mask, other=0.0).to(tl.float32)
@@ -162,7 +165,7 @@ def _reduce_gradient(
     rs = vector(rstd, c, keep)
     zero = tl.zeros((ROWS, CHANNELS), tl.float32)
     t1, t2, t3, t4, t5 = zero, zero, zero, zero, zero
-    for t in range(tl.minimum(span, images - first_image) * run):
+    for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=AHEAD):
         image, row, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
         start = row * channels
         mask = (r < rows)[:, None] & keep[None, :]
@@ -204,7 +207,7 @@ def _pool(
     k = vector(scale, c, keep)
     b = vector(shift, c, keep)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for t in range(tl.minimum(span, images - first_image) * run):
+    for t in tl.range(0, tl.minimum(span, images - first_image) * run, num_stages=AHEAD):
         image, row, rows = tile_rows(t, first_image, part, run, pixels, ROWS)
         start = row * channels
         mask = (r < rows)[:, None] & keep[None, :]
@@ -216,8 +219,16 @@ def _pool(
             total = tl.zeros((ROWS, CHANNELS), tl.float32)
 
 
-def _run(name: str, like: Tensor, by_image: bool, plan: Callable[[config.Config], Plan], run: Callable[[Plan], Tensor]):
-    tiles = functools.partial(config.elementwise, like.shape[1], rows_of(like, by_image)[1])
+def _run(
+    name: str,
+    like: Tensor,
+    by_image: bool,
+    plan: Callable[[config.Config], Plan],
+    run: Callable[[Plan], Tensor],
+    numbers: int = 0,
+):
+    """``numbers``: sums that a program keeps for each number of its tile."""
+    tiles = functools.partial(config.elementwise, like.shape[1], rows_of(like, by_image)[1], numbers)
     return tuning.best((name, *like.shape, like.dtype, by_image), tiles, like.device, plan, run)
 
 
@@ -303,7 +314,7 @@ def _reduce_gradient_and(dv: Tensor, u: Value, norm: Norm | None, out: Tensor | 
         return sums
 
     name = "reduce_gradient" if out is None else "reduce_gradient_and_materialize"
-    return _run(name, u.y, by_image, _reducing(u.y, by_image), run)
+    return _run(name, u.y, by_image, _reducing(u.y, by_image), run, 5 if by_image else 2)
 
 
 def statistics(y: Tensor) -> Statistics:

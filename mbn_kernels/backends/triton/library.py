@@ -33,11 +33,13 @@ def _stored_gradient(g: Gradient) -> Tensor:
 
 def _rows(t: Tensor) -> Tensor:
     """``[N, C, H, W]`` in channels-last order -> ``[N*H*W, C]``, the same memory."""
-    return t.permute(0, 2, 3, 1).flatten(0, 2)
+    n, c, h, w = t.shape
+    return t.as_strided((n * h * w, c), (c, 1))
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.detach().flatten(1).to(dtype)
+    matrix = weight.detach().flatten(1)
+    return matrix if matrix.dtype == dtype else matrix.to(dtype)
 
 
 # Products write where they are told to: those that return a tensor would be cast where autocast is on.
