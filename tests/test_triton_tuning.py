@@ -17,8 +17,9 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from mbn_kernels.backends.triton import tuning  # noqa: E402
-from mbn_kernels.backends.triton.config import Config  # noqa: E402
+from mbn_kernels.backends.triton import convolutions, tuning  # noqa: E402
+from mbn_kernels.backends.triton.config import LIBRARY, OWN, Config  # noqa: E402
+from mbn_kernels.chain import Gradient, Value  # noqa: E402
 
 CANDIDATES = [Config({"ROWS": 64, "ONE_BLOCK": True}, warps, 3, 8) for warps in (4, 2, 8)]
 LIKELY, SLOW, FAST = CANDIDATES
@@ -120,6 +121,25 @@ def test_the_fastest_is_measured_once_and_kept(
     assert best() == FAST
     assert len(measured) == len(CANDIDATES)
     assert tuning.read(tmp_path / files(tmp_path)[0]) == {str(KEY): FAST}
+
+
+@pytest.mark.parametrize("inner, outer, wide", ((96, 576, True), (16, 24, False)), ids=("wide", "narrow"))
+def test_pytorchs_products_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inner: int, outer: int, wide: bool
+) -> None:
+    """Beside Triton's tiles, first where they are likely to be faster; and the file keeps them."""
+    found: dict[str, list[Config]] = {}
+    monkeypatch.setattr(tuning, "best", lambda key, candidates, *_: found.setdefault(key[0], candidates()))
+    x, y = (torch.empty(256, c, 14, 14, dtype=torch.bfloat16, device="meta") for c in (inner, outer))
+    weight = torch.empty(outer, inner, 1, 1, dtype=torch.bfloat16, device="meta")
+    convolutions.pointwise_forward(Value(x), weight, True, convolutions.RAW, "ieee")
+    convolutions.pointwise_backward(Gradient(y, Value(y)), weight, Value(x), None, None, True, False, True, "ieee")
+    tiles = found["pointwise_forward"]
+    assert tiles.index(LIBRARY) == (0 if wide else len(tiles) - 1)
+    assert 2 < len(tiles) <= 8
+    assert found["pointwise_gradients"] == ([LIBRARY, OWN] if wide else [OWN, LIBRARY])
+    tuning.write(tmp_path / "choices.json", "key", LIBRARY)
+    assert tuning.read(tmp_path / "choices.json") == {"key": LIBRARY}
 
 
 def test_every_key_has_its_own_choice(measured: list[int], tmp_path: Path) -> None:
