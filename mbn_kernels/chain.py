@@ -359,10 +359,14 @@ def backward(
             break
         dx = dv
     found = [gradients[i].get(name) for i, stage in enumerate(stages) for name in stage.parameter_names]
-    typed = [
-        g.to(p.dtype).reshape(p.shape) if need else None for g, p, need in zip(found, flat, needs[1:], strict=True)
-    ]
+    typed = [_gradient_of(p, g) if need else None for g, p, need in zip(found, flat, needs[1:], strict=True)]
     return [dx if needs[0] else None, *typed]
+
+
+def _gradient_of(p: Tensor, g: Tensor) -> Tensor:
+    """In the parameter's dtype and shape, and its very strides, also of dimensions of size 1: DDP compares them."""
+    g = g.to(p.dtype).reshape(p.shape).contiguous()
+    return g if g.stride() == p.stride() else g.as_strided(p.shape, p.stride())
 
 
 def _through_norm(kernels: Kernels, stage: Stage, p: dict, point: _Point, dv: Tensor, sums) -> tuple[Gradient, dict]:

@@ -101,15 +101,17 @@ def run_chain(
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     backend, direct = backends.choose(x.device, x.dtype), runs_directly(x)
+
+    def update(statistics: list[Tensor]) -> None:
+        if running:
+            update_running(running, statistics, x.numel(), () if x.numel() else _shared(spec))
+
     if direct and save:
-        statistics: list[Tensor] = []
-        out = ops.ChainFunction.apply(spec, residual, backend, statistics, x, *params)
-    elif direct and not running and evaluates(spec, residual, backend):
+        return ops.ChainFunction.apply(spec, residual, backend, update, x, *params)
+    if direct and not running and evaluates(spec, residual, backend):
         return ops.evaluate_chains(x, (parse(spec),), [params], (residual,), backend)
-    else:
-        out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
-    if running:
-        update_running(running, statistics, x.numel(), () if x.numel() else _shared(spec))
+    out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
+    update(statistics)
     return out
 
 

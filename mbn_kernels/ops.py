@@ -7,7 +7,7 @@ gate parameters) and a flop formula. Arguments are checked here, once, for eager
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def _chain_backward(
 
 def _chain_backward_fake(dout, x, params, saved, spec, residual, needs, backend):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grads = [dx, *(torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params)]
+    grads = [dx, *(p.new_empty_strided(p.shape, p.contiguous().stride()) for p in params)]
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
@@ -158,13 +158,14 @@ def _differentiate(ctx, dout: Tensor | None, _statistics, _saved):
 class ChainFunction(torch.autograd.Function):
     """The operator with the autograd that :func:`torch.library.register_autograd` gives it, at a tenth of the cost, for
     eager calls that nothing watches (:func:`mbn_kernels.functional.runs_directly`). ``apply(spec, residual, backend,
-    statistics, x, *params)`` returns the output and appends the batch statistics to the list ``statistics``.
+    update, x, *params)`` returns the output. ``update`` is called with the batch statistics before anything is saved:
+    torch.utils.checkpoint ends a second forward at the last tensor saved, and stock has updated its statistics by then.
     """
 
     @staticmethod
-    def forward(ctx, spec: str, residual: bool, backend: str, statistics: list[Tensor], x: Tensor, *params: Tensor):
-        out, found, saved = _chain(x, params, spec, residual, True, backend)
-        statistics += found
+    def forward(ctx, spec: str, residual: bool, backend: str, update: Callable, x: Tensor, *params: Tensor) -> Tensor:
+        out, statistics, saved = _chain(x, params, spec, residual, True, backend)
+        update(statistics)
         ctx.spec, ctx.residual, ctx.backend, ctx.count = spec, residual, backend, len(params)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *params, *saved)

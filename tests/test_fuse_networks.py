@@ -127,3 +127,72 @@ def test_training_steps(name: str) -> None:
         if found <= own + 1e-9:
             return
     raise AssertionError(f"{found:.1e} from stock's; stock is {own:.1e} from itself")
+
+
+# Detection and segmentation -------------------------------------------------------------------------------------------
+
+
+def segmentation(name: str) -> nn.Module:
+    models = peers.import_torchvision().models.segmentation
+    return getattr(models, name)(weights=None, weights_backbone=None, num_classes=3)
+
+
+def detection() -> nn.Module:
+    models = peers.import_torchvision().models.detection
+    return models.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).backbone
+
+
+TASKS = {
+    "lraspp": (lambda: segmentation("lraspp_mobilenet_v3_large"), 15),
+    "deeplab": (lambda: segmentation("deeplabv3_mobilenet_v3_large"), 15),
+    "ssdlite": (detection, 20),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_detection_and_segmentation(task: str) -> None:
+    """Dilated blocks, features in the middle, blocks cut in two."""
+    make, least = TASKS[task]
+    plain = stock.randomize(make().double())
+    for m in plain.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0  # what is drawn goes by a map's memory, and a chain's output is channels-last
+    model = copy.deepcopy(plain)
+    report = mbn_kernels.fuse(model)
+    assert len(report.fused) >= least, report
+    x = torch.randn(2, 3, 65, 96, dtype=torch.float64)
+    for training in (True, False):
+        results = []
+        for m in (plain, model):
+            m.train(training).zero_grad()
+            torch.manual_seed(0)
+            out = m(x)
+            outs = list(out.values())
+            sum(o.square().mean() for o in outs).backward()
+            results.append([*outs, *(p.grad for p in m.parameters() if p.grad is not None), *m.buffers()])
+        assert list(out) and len(results[0]) == len(results[1])
+        stock.assert_same(results[1], results[0], 1e-7)
+
+
+def test_features_only() -> None:
+    timm = pytest.importorskip("timm")
+    peers.import_torchvision()
+    plain = timm.create_model("mobilenetv3_small_050", features_only=True).double()
+    model = copy.deepcopy(plain)
+    assert len(mbn_kernels.fuse(model).fused) >= 10
+    x = torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    stock.assert_same(model.train()(x), plain.train()(x), 1e-9)
+
+
+def test_extracted_features() -> None:
+    """torchvision's extractor traces: the nodes of a fused model are those of the model."""
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    plain = peers.network("torchvision mobilenet_v3_small")
+    model = copy.deepcopy(plain)
+    mbn_kernels.fuse(model, verify=False)
+    nodes = {"features.4.block.1": "middle", "features.12": "last"}
+    found = [
+        feature_extraction.create_feature_extractor(m.eval(), nodes)(torch.randn(2, 3, 64, 48).double())
+        for m in (plain, model)
+    ]
+    assert list(found[0]) == list(found[1]) == ["middle", "last"]

@@ -153,8 +153,8 @@ def _warn_stock(device_type: str, dtype: torch.dtype, reason: str) -> None:
 
 
 def tree_of(module: nn.Module) -> tuple:
-    """The names of all modules below, and the classes of those that have children: what a trace depends on. A batch norm
-    is looked at as one layer, and conversions may put an activation that it holds in another place.
+    """The names of all modules below, and the classes of those that have children: what a trace depends on. A batch
+    norm is one layer: conversions may put an activation that it holds in another place.
     """
     found, norms = [], ()
     for name, m in module.named_modules():

@@ -99,7 +99,7 @@ class _Walk:
                 self.skip(module, name, _of_layer(module) or why if wanted else "not among the blocks asked for")
         elif isinstance(module, (FusedModule, torch.jit.ScriptModule)):
             self.skip(module, name, "fused already" if isinstance(module, FusedModule) else "a ScriptModule")
-        elif any(map(_is_convolution, module.modules())):
+        elif any(_is_convolution(m) or isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
             reason = self.as_block(module, name) if wanted else None
             self.children(module, name, wanted, reason or why, covered)
 
@@ -120,13 +120,13 @@ class _Walk:
 
     def as_block(self, module: nn.Module, name: str) -> str | None:
         """Fuses the module as a whole; returns why it cannot."""
-        plan, reason = self.plan(module)
+        plan, reason = self.plan(module, name)
         if plan is not None:
             self.report.fused.append(Row(name or "(the model)", type(module).__name__, _in_words(module, plan)))
             adopted.adopt_block(module, plan)
         return reason
 
-    def plan(self, module: nn.Module) -> tuple[Plan | None, str | None]:
+    def plan(self, module: nn.Module, name: str) -> tuple[Plan | None, str | None]:
         """(how the module is a chain, None), or (None, why it is none)."""
         reason = adopted.why_not_adoptable(module) or _why_not_traceable(module)
         if reason:
@@ -143,6 +143,8 @@ class _Walk:
             if key not in self.compared:
                 self.compared[key] = difference(module, plan)
             reason = self.compared[key]
+            if reason:  # its parts may be fused: that the whole is not must be seen
+                self.skip(module, name, reason)
         return (None, reason) if reason else (plan, None)
 
     def views(self, module: nn.Sequential, name: str) -> dict[str, AdoptedBlock]:
@@ -151,7 +153,7 @@ class _Walk:
         for layers in () if adopted.why_not_adoptable(module) else _runs(module):
             view = nn.Sequential()
             view._modules.update(layers)
-            plan, _ = self.plan(view)
+            plan, _ = self.plan(view, f"{name}[{next(iter(layers))}:]")
             if plan is not None:
                 first, last = next(iter(layers)), next(reversed(layers))
                 row = Row(f"{name}[{first}:{last}]", type(module).__name__, _in_words(view, plan))

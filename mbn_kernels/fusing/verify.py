@@ -29,7 +29,8 @@ def difference(module: nn.Module, plan: Plan) -> str | None:
         )
         adopted = copy.deepcopy(own)
         adopt_block(adopted, plan)
-        x = torch.randn(_SHAPE[0], channels, *_SHAPE[1:], dtype=torch.float64)
+        g = torch.Generator("cpu").manual_seed(1)
+        x = torch.randn(_SHAPE[0], channels, *_SHAPE[1:], dtype=torch.float64, device="cpu", generator=g)
         for training in (True, False):
             reason = _compare(own.train(training), adopted.train(training), x)
             if reason:
@@ -68,11 +69,11 @@ def _copy(module: nn.Module) -> nn.Module:
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         module = module.to_empty(device="cpu")
     module = module.to("cpu", torch.float64).requires_grad_(False)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator("cpu").manual_seed(0)
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         if t.is_floating_point():
             scale = max(t[0].numel(), 1) ** -0.5 if t.dim() > 1 else 1.0
-            t.copy_(scale * torch.randn(t.shape, generator=g, dtype=t.dtype))
+            t.copy_(scale * torch.randn(t.shape, generator=g, dtype=t.dtype, device="cpu"))
             if "var" in name.rpartition(".")[2]:
                 t.abs_().add_(0.5)
         else:

@@ -120,10 +120,12 @@ def _norm_facts(bn: nn.Module | None) -> tuple | None:
         return None if bn is None else (type(bn),)
     if kind == "frozen":
         return "running", None, True, bn.eps
+    scaled, shifted = (bn._parameters.get(name) is not None for name in ("weight", "bias"))
+    affine = scaled if scaled == shifted else None
     # As nn.BatchNorm2d: batch statistics in training, and wherever there are no running ones.
     if not bn.training and bn._buffers.get("running_mean") is not None:
-        return "running", None, bn.affine, bn.eps
-    return "batch", _group(bn) if kind == "sync" and bn.training else None, bn.affine, bn.eps
+        return "running", None, affine, bn.eps
+    return "batch", _group(bn) if kind == "sync" and bn.training else None, affine, bn.eps
 
 
 def _group(bn: nn.SyncBatchNorm) -> str | None:
@@ -175,6 +177,8 @@ def _describe(conv: tuple | None, norm: tuple | None, act: type | str, excitatio
         return Description(None, f"activation {getattr(act, '__name__', act)}")
     kernel, stride, padding, dilation = conv[1]
     ways, group, affine, eps = norm
+    if affine is None:
+        return Description(None, "a batch norm with a weight or a bias alone")
     padding = padding if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
     fields = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     fields |= {"norm": ways, "affine": affine, "eps": eps, "act": _act_name(act), "gate": gate}
@@ -217,7 +221,7 @@ def _append_norm(bn: nn.Module, params: list[Tensor], running: list[Running]) ->
     if norm_kind(type(bn)) == "frozen":
         params += (bn._buffers[name] for name in ("weight", "bias", "running_mean", "running_var"))
         return
-    if bn.affine:
+    if bn._parameters.get("weight") is not None:
         params += (bn._parameters["weight"], bn._parameters["bias"])
     mean, var = bn._buffers["running_mean"], bn._buffers["running_var"]
     if not bn.training and mean is not None:
