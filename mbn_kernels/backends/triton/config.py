@@ -263,7 +263,8 @@ def gate_backward(images: int, inner: int, outer: int, dtype: torch.dtype) -> li
 
 
 def gate_weight(images: int, inner: int, outer: int, dtype: torch.dtype) -> list[Config]:
-    return _gate({"IN_BLOCK": _block(inner, 16, 32), "OUT_BLOCK": _block(outer, 16, 32)}, (64, 32), images)
+    rows = (64, 32) if dtype.itemsize == 2 else (32, 16)
+    return _gate({"IN_BLOCK": _block(inner, 16, 32), "OUT_BLOCK": _block(outer, 16, 32)}, rows, images)
 
 
 # Depthwise convolutions -----------------------------------------------------------------------------------------------

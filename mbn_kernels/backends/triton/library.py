@@ -84,6 +84,6 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
         return torch.mm(a, b, out=out)
-    if not a.is_cuda:  # where Triton's kernels are interpreted; PyTorch has this product for GPUs only
-        return torch.mm(a.float(), b.float())
-    return torch.mm(a, b, out_dtype=torch.float32)
+    if a.is_cuda and not torch.version.hip:  # PyTorch has this product nowhere else
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
