@@ -64,8 +64,9 @@ clean:
 	@touch $@
 
 # One stamp per extra. A changed source installs again, which compiles that source alone (objects stay in build/).
+# TORCH is named again, as the newest of another package might bring another PyTorch with it.
 $(VENV)/.installed-%: $(VENV)/.torch $(sources)
-	$(bin)/python -m pip install -e '.[$*]'
+	$(bin)/python -m pip install -e '.[$*]' '$(TORCH)'
 	@touch $@
 
 $(bin)/ruff: $(VENV)/.created

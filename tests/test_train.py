@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import peers
 import pytest
 import torch
 from torch import nn
@@ -309,11 +310,8 @@ def test_a_checkpoint_of_another_run_is_refused(train, tmp_path, folder, monkeyp
 
 
 def skip_without(model: str) -> None:
-    library, _, _ = model.rpartition(":")
-    try:
-        importlib.import_module(library or "mbn_kernels")
-    except Exception as error:  # not only ImportError: a torchvision for another torch fails in many ways
-        pytest.skip(f"{library} cannot be imported: {error}")
+    peers.import_torchvision()  # skips without; timm imports it, too
+    pytest.importorskip(model.partition(":")[0])
 
 
 @pytest.mark.parametrize("model", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050"])
