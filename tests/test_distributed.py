@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import fusible
 import pytest
 import stock
 import torch
@@ -321,6 +322,24 @@ def run_sharded_synchronized(rank: int) -> Trained:
     return shard(rank, nn.SyncBatchNorm.convert_sync_batchnorm(network(True, stem_norm=False)))
 
 
+def users_network(fused: bool) -> nn.Module:
+    """Of blocks that were not made for it, by mbn_kernels.fuse()."""
+    net = stock.randomize(fusible.Net()).double()
+    net.stem[1] = nn.Identity()
+    assert not fused or len(mbn_kernels.fuse(net).fused) == 3
+    return net
+
+
+def run_users_replicated(rank: int) -> Trained:
+    net = DistributedDataParallel(users_network(True), find_unused_parameters=True)
+    nn.SyncBatchNorm.convert_sync_batchnorm(net.module)
+    return Trained(train(net, rank), net.module.state_dict())
+
+
+def run_users_sharded(rank: int) -> Trained:
+    return shard(rank, nn.SyncBatchNorm.convert_sync_batchnorm(users_network(True)))
+
+
 @pytest.mark.parametrize("work", (run_replicated, run_sharded))
 def test_data_parallel(needs_cpu, pair: Processes, work: Callable) -> None:
     """DistributedDataParallel trains the fused network as the stock one, and FSDP2 as it does."""
@@ -332,10 +351,13 @@ def test_data_parallel(needs_cpu, pair: Processes, work: Callable) -> None:
     assert_near(one, other, 0)
 
 
-@pytest.mark.parametrize("work", (run_replicated_synchronized, run_sharded_synchronized))
+@pytest.mark.parametrize(
+    "work", (run_replicated_synchronized, run_sharded_synchronized, run_users_replicated, run_users_sharded)
+)
 def test_data_parallel_with_synchronized_batch_norm(needs_cpu, pair: Processes, work: Callable) -> None:
     """As one process that trains the stock network on the whole batches."""
-    ranks, net = pair(work), network(False, stem_norm=False)
+    ranks = pair(work)
+    net = users_network(False) if "users" in work.__name__ else network(False, stem_norm=False)
     losses = torch.stack(train(net, None))
     for got in ranks:
         assert_near(got.state, net.state_dict(), 1e-6)

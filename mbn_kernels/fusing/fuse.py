@@ -98,7 +98,8 @@ class _Walk:
             if not covered:
                 self.skip(module, name, _of_layer(module) or why if wanted else "not among the blocks asked for")
         elif isinstance(module, (FusedModule, torch.jit.ScriptModule)):
-            self.skip(module, name, "fused already" if isinstance(module, FusedModule) else "a ScriptModule")
+            reason = module.why_not_fused() if isinstance(module, FusedModule) else "a ScriptModule"
+            self.skip(module, name, reason or "fused already")
         elif any(_is_convolution(m) or isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
             reason = self.as_block(module, name) if wanted else None
             self.children(module, name, wanted, reason or why, covered)
