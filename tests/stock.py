@@ -202,6 +202,22 @@ def twin_of(module: nn.Module) -> nn.Module:
     return twin.train(module.training)
 
 
+def replica_of(module: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes one for a GPU."""
+    replicas = {m: m._replicate_for_data_parallel() for m in module.modules()}
+    for m, replica in replicas.items():
+        for name, child in m._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, p in m._parameters.items():
+            if p is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, p * 1)
+        for name, b in m._buffers.items():
+            setattr(replica, name, b.clone())
+    return replicas[module]
+
+
 def pull(out: Tensor) -> None:
     """Backward from a gradient that batch norm does not cancel, as it would that of a sum or of a sum of squares."""
     out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape))

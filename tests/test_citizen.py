@@ -258,12 +258,22 @@ def test_distributed_data_parallel(backend: str, tmp_path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_data_parallel_style_replicas_share_no_state(backend: str) -> None:
-    """Running statistics belong to the module that ran."""
-    a, b = block(), block()
-    before = [v.clone() for v in b.buffers()]
-    a(make_input())
-    assert all(torch.equal(v, w) for v, w in zip(before, b.buffers(), strict=True))
+def test_replicas_of_data_parallel(backend: str) -> None:
+    """Their parameters are ordinary attributes; running statistics belong to the replica that ran."""
+    module = block()
+    module.layers[3][0] = nn.Conv2d(12, 4, 1)  # a bias: that convolution runs as stock, in a replica, too
+    for m in (module, block()):
+        before = [v.clone() for v in m.buffers()]
+        replica, leaf, other = stock.replica_of(m), make_input().requires_grad_(), make_input().requires_grad_()
+        assert replica.why_not_fused() == m.why_not_fused()
+        out = replica(leaf)
+        stock.pull(out)
+        assert all(torch.equal(v, w) for v, w in zip(before, m.buffers(), strict=True))
+        got = [out.detach(), leaf.grad, *(p.grad.clone() for p in m.parameters()), *replica.buffers()]
+        m.zero_grad()
+        expected = m(other)
+        stock.pull(expected)
+        assert_same(got, [expected.detach(), other.grad, *(p.grad for p in m.parameters()), *m.buffers()])
 
 
 # Choosing a backend ---------------------------------------------------------------------------------------------------

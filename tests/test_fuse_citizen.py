@@ -230,6 +230,19 @@ def test_onnx(dynamo: bool, tmp_path) -> None:
         assert_same([torch.from_numpy(out)], [fused(images())])
 
 
+@pytest.mark.parametrize("make", (net, lambda: stock.randomize(nn.Sequential(*layers()))), ids=("blocks", "layers"))
+def test_replicas_of_data_parallel(make: Callable[[], nn.Module]) -> None:
+    plain, model = both(make)
+    replicas = [stock.replica_of(model) for _ in range(2)]
+    for replica in replicas:
+        out = replica(images())
+        stock.pull(out)
+        assert_same([out.detach()], [plain(images()).detach()])
+    stock.pull(plain(images()))
+    got, expected = ([p.grad for p in m.parameters() if p.grad is not None] for m in (model, plain))
+    assert_same(got, [2 * g for g in expected])
+
+
 def test_gradients_lie_as_parameters_do() -> None:
     """To the very strides of dimensions of size 1: DDP compares them with its buckets'."""
     model = both()[1].to(memory_format=torch.channels_last)

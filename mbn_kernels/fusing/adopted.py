@@ -94,22 +94,25 @@ class AdoptedSequential(Adopted, nn.Sequential):
             if skipped:
                 skipped -= 1
                 continue
-            view = views.get(name)
-            if view is not None and self._shows(view, i):
-                skipped = len(view._modules) - 1
-                child = view
-            parts.append(child)
+            view = views.get(name) and self._current(name, i)
+            skipped = len(view._modules) - 1 if view else 0
+            parts.append(view or child)
         return parts
 
-    def _shows(self, view: AdoptedBlock, first: int) -> bool:
-        """Whether a view's layers still stand here in its order; it takes in those that were replaced."""
-        own = list(self._modules.items())[first : first + len(view._modules)]
-        if [name for name, _ in own] != list(view._modules):
-            return False
-        for name, child in own:
-            if view._modules[name] is not child:
-                view._modules[name] = child
-        return True
+    def _current(self, name: str, first: int) -> AdoptedBlock | None:
+        """The view of the layers from ``first`` on, if they still stand here in its order. One of layers that were
+        replaced is made anew and not changed: another thread, with a replica of this module, may be in it.
+        """
+        view = self._views[name]
+        own = dict(list(self._modules.items())[first : first + len(view._modules)])
+        if list(own) != list(view._modules):
+            return None
+        if any(view._modules[key] is not child for key, child in own.items()):
+            fresh = type(view).__new__(type(view))
+            fresh.__dict__.update(view.__dict__, _modules=own, _reading=None)
+            self.__dict__["_views"] = {**self._views, name: fresh}
+            return fresh
+        return view
 
     def extra_repr(self) -> str:
         return _extra_repr(super().extra_repr(), "neighbours fused")

@@ -93,13 +93,19 @@ def describe(unit: Unit, size: Size | None = None) -> Description:
 # The dictionaries of parameters and buffers are read directly: nn.Module's attribute look-up takes ten times as long.
 
 
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A replica of nn.DataParallel has its parameters as ordinary attributes."""
+    found = module._parameters.get(name)
+    return getattr(module, name, None) if found is None and name not in module._parameters else found
+
+
 def _conv_facts(conv: nn.Module | None, size: Size | None) -> tuple | None:
     kind = type(conv)
     if kind is not nn.Conv2d and not is_same_conv(kind):
         return None if conv is None else (kind,)
     padding = conv.padding if kind is nn.Conv2d else _same_padding(conv, size)
     window = conv.kernel_size, conv.stride, padding, conv.dilation
-    plain = conv._parameters.get("bias") is None and conv.padding_mode == "zeros"
+    plain = _parameter(conv, "bias") is None and conv.padding_mode == "zeros"
     return nn.Conv2d, window, conv.groups, conv.in_channels, conv.out_channels, plain
 
 
@@ -120,7 +126,7 @@ def _norm_facts(bn: nn.Module | None) -> tuple | None:
         return None if bn is None else (type(bn),)
     if kind == "frozen":
         return "running", None, True, bn.eps
-    scaled, shifted = (bn._parameters.get(name) is not None for name in ("weight", "bias"))
+    scaled, shifted = (_parameter(bn, name) is not None for name in ("weight", "bias"))
     affine = scaled if scaled == shifted else None
     # As nn.BatchNorm2d: batch statistics in training, and wherever there are no running ones.
     if not bn.training and bn._buffers.get("running_mean") is not None:
@@ -152,8 +158,8 @@ def _is_layer(fc: nn.Module | str) -> bool:
     """Whether it is a linear layer with a bias, over channels."""
     if type(fc) is nn.Conv2d:
         plain = fc.kernel_size == fc.stride == (1, 1) and fc.padding == (0, 0) and fc.groups == 1
-        return plain and fc._parameters.get("bias") is not None
-    return type(fc) is nn.Linear and fc._parameters.get("bias") is not None
+        return plain and _parameter(fc, "bias") is not None
+    return type(fc) is nn.Linear and _parameter(fc, "bias") is not None
 
 
 def _describe(conv: tuple | None, norm: tuple | None, act: type | str, excitation: tuple | None) -> Description:
@@ -210,19 +216,19 @@ def append_tensors(unit: Unit, params: list[Tensor], running: list[Running]) -> 
     """Appends a fusible unit's tensors to ``params``, and what a batch updates to ``running``."""
     conv, bn = unit.conv, unit.bn
     if conv is not None:
-        params.append(conv._parameters["weight"])
+        params.append(_parameter(conv, "weight"))
         _append_norm(bn, params, running)
     if unit.excitation is not None:
         for fc in unit.excitation[::2]:
-            params += (fc._parameters["weight"], fc._parameters["bias"])
+            params += (_parameter(fc, "weight"), _parameter(fc, "bias"))
 
 
 def _append_norm(bn: nn.Module, params: list[Tensor], running: list[Running]) -> None:
     if norm_kind(type(bn)) == "frozen":
         params += (bn._buffers[name] for name in ("weight", "bias", "running_mean", "running_var"))
         return
-    if bn._parameters.get("weight") is not None:
-        params += (bn._parameters["weight"], bn._parameters["bias"])
+    if _parameter(bn, "weight") is not None:
+        params += (_parameter(bn, "weight"), _parameter(bn, "bias"))
     mean, var = bn._buffers["running_mean"], bn._buffers["running_var"]
     if not bn.training and mean is not None:
         params += (mean, var)
