@@ -47,7 +47,7 @@ def fuse(
         fail("fuse", "model", "an nn.Module", type(model).__name__, TypeError)
     check_bool("fuse", "inplace", inplace)
     check_bool("fuse", "verify", verify)
-    classes, names = _wanted(blocks)
+    classes, names = _wanted(model, blocks)
     report = Report(model if inplace else copy.deepcopy(model))
     _Walk(report, classes, names, verify).visit(report.model, "", blocks is None, "")
     if not report.fused:
@@ -70,12 +70,16 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _wanted(blocks: Iterable[type | str] | None) -> tuple[tuple[type, ...], set[str]]:
+def _wanted(model: nn.Module, blocks: Iterable[type | str] | None) -> tuple[tuple[type, ...], set[str]]:
     found = [] if blocks is None else [blocks] if isinstance(blocks, (str, type)) else list(blocks)
     for each in found:
         if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
             fail("fuse", "blocks", "classes of modules, or names", repr(each), TypeError)
-    return tuple(b for b in found if isinstance(b, type)), {b for b in found if isinstance(b, str)}
+    names = {b for b in found if isinstance(b, str)}
+    unknown = sorted(names - dict(model.named_modules()).keys())
+    if unknown:
+        fail("fuse", "blocks", "names of the model's modules", repr(unknown[0]))
+    return tuple(b for b in found if isinstance(b, type)), names
 
 
 class _Walk:
