@@ -207,15 +207,17 @@ def pointwise_backward(
 
 
 def _backward_tiles(pixels: int, i: int, o: int, sums: int) -> list[Config]:
-    """Of 16-bit numbers, with dweight: four warps that hold 190 numbers a thread, where 32 rows leave it at that."""
-    of_du = {0: 2, 2: 4, 5: 9}[sums]
+    """Of 16-bit numbers, with dweight: four warps that hold 190 numbers a thread, where 32 rows leave it at that; with
+    a gate's five sums fewer.
+    """
+    of_du, most = {0: (2, 190), 2: (4, 190), 5: (9, 128)}[sums]
 
     def numbers(rows: int, i: int) -> int:
         return rows * i * of_du + rows * o + o * i
 
-    while i > 16 and numbers(32, i) > 200 * 128:
+    while i > 16 and numbers(32, i) > most * 128:
         i //= 2
-    rows = 64 if numbers(64, i) <= 190 * 128 else 32
+    rows = 64 if numbers(64, i) <= most * 128 else 32
 
     def config(rows: int = rows, warps: int = 4, width: int = i, stages: int = 2) -> Config:
         blocks = {"IN_BLOCK": width, "OUT_BLOCK": o, "ONE_BLOCK": True}
