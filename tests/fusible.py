@@ -72,3 +72,34 @@ def layers(stride: int = 1) -> list[nn.Module]:
     wide = [nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU()]
     last = [nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)]
     return [*dense, *deep, *wide, nn.Tanh(), *last]
+
+
+class InPlaceGate(nn.Module):
+    """Squeeze-excite that writes into its input."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.squeeze = nn.AdaptiveAvgPool2d((1, 1))
+        layers = nn.Linear(c, c // 4), nn.ReLU(inplace=True), nn.Linear(c // 4, c), nn.Hardsigmoid(inplace=True)
+        self.excitation = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.squeeze(x)
+        x *= self.excitation(gate.reshape(gate.shape[0], -1)).unsqueeze(2).unsqueeze(3)
+        return x
+
+
+class InPlaceBlock(nn.Module):
+    """An inverted residual block in which everything writes into its input, and two stages share one activation."""
+
+    def __init__(self, c: int = 8) -> None:
+        super().__init__()
+        act = nn.Hardswish(inplace=True)
+        wide = nn.Conv2d(c, 3 * c, 1, bias=False), nn.BatchNorm2d(3 * c, momentum=0.99), act
+        deep = nn.Conv2d(3 * c, 3 * c, 5, 1, 2, groups=3 * c, bias=False), nn.BatchNorm2d(3 * c), act
+        narrow = nn.Conv2d(3 * c, c, 1, bias=False), nn.BatchNorm2d(c)
+        gate = InPlaceGate(3 * c)
+        self.layers = nn.Sequential(nn.Sequential(*wide), nn.Sequential(*deep), gate, nn.Sequential(*narrow))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)

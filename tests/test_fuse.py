@@ -10,7 +10,7 @@ import pytest
 import stock
 import torch
 import torch.nn.functional as F
-from fusible import Net, Separable, both, images, layers, net
+from fusible import InPlaceBlock, InPlaceGate, Net, Separable, both, images, layers, net
 from stock import assert_same, step
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -56,6 +56,17 @@ def test_same_results(backend: str) -> None:
         assert_same(step(model.train(training), images()), step(plain.train(training), images()))
     with torch.no_grad():
         assert_same([model(images())], [plain(images())])
+
+
+def test_what_writes_into_its_input(backend: str) -> None:
+    """Blocks, and a squeeze-excite alone, which then leaves its input as it was."""
+    plain, model = both(lambda: net(InPlaceBlock(), InPlaceGate(8), InPlaceBlock()))
+    assert [m.why_not_fused() for m in model.blocks] == [None, None, None]
+    for training in (True, False):
+        assert_same(step(model.train(training), images()), step(plain.train(training), images()))
+    for m in (plain, model):
+        m.blocks[0].layers[1][2] = nn.SiLU()
+    assert_same(step(model, images()), step(plain, images()))
 
 
 def test_it_does_run_fused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ class _Walk:
         elif isinstance(module, (FusedModule, torch.jit.ScriptModule)):
             reason = module.why_not_fused() if isinstance(module, FusedModule) else "a ScriptModule"
             self.skip(module, name, reason or "fused already")
-        elif any(_is_convolution(m) or isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        elif _is_worth_a_look(module):
             reason = self.as_block(module, name) if wanted else None
             self.children(module, name, wanted, reason or why, covered)
 
@@ -185,6 +185,12 @@ def _is_sequential(module: nn.Module) -> bool:
 def _is_convolution(module: nn.Module) -> bool:
     """Whether it is a layer that convolves maps; those of quantized networks have other classes, and such names."""
     return "Conv2d" in type(module).__name__ and not any(map(_is_convolution, list(module.modules())[1:]))
+
+
+def _is_worth_a_look(module: nn.Module) -> bool:
+    """Whether there are convolutions in it, or the two layers of a squeeze-excite."""
+    kinds = (_is_convolution(m) or isinstance(m, (nn.Linear, torch.jit.ScriptModule)) for m in module.modules())
+    return not isinstance(module, nn.Linear) and any(kinds)
 
 
 def _of_layer(conv: nn.Module) -> str | None:
