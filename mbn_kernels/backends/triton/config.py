@@ -130,7 +130,7 @@ def _forward_tiles(pixels: int, inner: int, outer: int, statistics: bool, deferr
     widest = (128 if deferred else 64) if one else 128
     rows, warps, stages = (32, 4, 3) if one else (64, 4, 4)
     if statistics and not one:
-        widest, rows, warps, stages = (64, 64, 4, 3) if outer <= 64 else (128, 128, 8, 3)
+        widest, rows, warps, stages = (64, 64, 4, 3) if outer <= 64 else (64, 128, 8, 3)
     while cdiv(in_all, rows) * cdiv(outer, widest) < _FEW and (rows > 16 or widest > 32):
         warps = 4
         if widest > 32:
