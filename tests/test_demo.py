@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 import torch
 
 for _needed in ("matplotlib", "rich", "sklearn"):
@@ -19,10 +18,7 @@ TINY = ["--device", "cpu", "--epochs", "1", "--batch-size", "400", "--size", "32
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclass looks for it
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(DEMO)
 
 
 @pytest.fixture

@@ -264,7 +264,7 @@ def parametrized() -> nn.Module:
 LEFT = {
     Shifted: "add: an operation that no stage has",
     Fickle: "not what it was in evaluation: the output differs",
-    Branching: "",
+    Branching: "its forward cannot be traced",
     Multiplied: "a product that is no squeeze-excite",
     Twice: "its forward takes more than one argument",
     Unready: "an attribute named 'units'",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import peers
 import pytest
+import scripts
 import torch
 from torch import nn
 
@@ -31,10 +31,7 @@ PATIENCE = 90  # seconds until a process has ended
 
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train", TRAIN)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclass looks for it
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(TRAIN)
 
 
 @pytest.fixture(autouse=True)

@@ -81,7 +81,7 @@ def read(module: nn.Module) -> Plan:
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # whatever the module's own code does with something that is no tensor
-        raise NotAChain(f"its forward cannot be traced ({_first_line(error)})") from error
+        raise NotAChain(f"its forward cannot be traced ({first_line(error)})") from error
     found: dict[torch.fx.Node, object] = {}
     for node in graph.nodes:
         if node.op == "output":
@@ -90,7 +90,8 @@ def read(module: nn.Module) -> Plan:
     raise NotAChain("it returns nothing")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """For a reason in a report."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
 
 

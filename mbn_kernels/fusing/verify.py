@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..modules.fused import _hooks
+from ..modules.fused import hooks_of
 from .adopted import AdoptedBlock, adopt_block
-from .trace import Plan
+from .trace import Plan, first_line
 
 #: Of the largest number: float64 has 1e-16, and a chain of batch norms loses a few digits.
 _TOLERANCE = 1e-9
@@ -36,7 +36,7 @@ def difference(module: nn.Module, plan: Plan) -> str | None:
             if reason:
                 return f"not what it was {'in training' if training else 'in evaluation'}: {reason}"
     except Exception as error:  # whatever a module's own code does
-        return f"it could not be compared ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]})"
+        return f"it could not be compared ({first_line(error)})"
     return None
 
 
@@ -84,7 +84,7 @@ def _copy(module: nn.Module) -> nn.Module:
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """A hook may hold anything, and what it does is for its module, not for a copy."""
-    places = [hooks for m in module.modules() for hooks in _hooks(m) if hooks]
+    places = [hooks for m in module.modules() for hooks in hooks_of(m) if hooks]
     kept = [dict(hooks) for hooks in places]
     for hooks in places:
         hooks.clear()

@@ -13,12 +13,13 @@ from ..functional import Running, run_chain
 from .units import Description, Unit, append_tensors, describe, is_same_conv
 
 
-def _hooks(module: nn.Module) -> tuple[dict, ...]:
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """Where a module keeps its forward and backward hooks."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def has_hook(module: nn.Module) -> bool:
-    return any(_hooks(module))
+    return any(hooks_of(module))
 
 
 class _Reading(NamedTuple):
@@ -107,7 +108,7 @@ class FusedModule(nn.Module):
         modules = list(self.modules())
         places = [m._modules for m in modules if m._modules]
         children = [tuple(place.values()) for place in places]
-        hooks = [hooks for m in modules[1:] for hooks in _hooks(m)]
+        hooks = [hooks for m in modules[1:] for hooks in hooks_of(m)]
         units = self.units()
         sized = any(is_same_conv(type(unit.conv)) for unit in units)
         reading = _Reading(places, children, hooks, units, self.drops(), sized)
