@@ -10,6 +10,7 @@ from .modules import (
     FusedPointwiseConvBNAct,
     FusedSequential,
     FusedSqueezeExcite,
+    freeze,
 )
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "FusedSqueezeExcite",
     "available_backends",
     "empty_cache",
+    "freeze",
     "functional",
     "fuse",
     "unfuse",

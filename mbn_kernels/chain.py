@@ -21,7 +21,7 @@ dgamma, the gate's gradient and so a, b, c follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -33,18 +33,22 @@ from torch import Tensor
 from . import synchronize
 
 # Parameters of a stage, in this order; a stage holds those that its fields call for.
-WEIGHT, NORM, RUNNING, GATE = (
+WEIGHT, NORM, RUNNING, BIAS, GATE = (
     ("weight",),
     ("bn_weight", "bn_bias"),
     ("running_mean", "running_var"),
+    ("bias",),
     ("w1", "b1", "w2", "b2"),
 )
+#: What stands before and behind a network's blocks; a backend may evaluate it (:meth:`Kernels.evaluates`), no chain
+#: differentiates it. "dense" is a convolution with all channels of few, "pool" the mean over the image.
+ENDS = ("dense", "pool")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage computes. ``conv`` is "pointwise", "depthwise" or "none"; ``norm`` is "batch", "running" or
-    "none".
+    """What one stage computes. ``conv`` is "pointwise", "depthwise", "none" or one of :data:`ENDS`; ``norm`` is
+    "batch", "running", "none" or, as in a linear layer at the end of a network, "bias".
     """
 
     conv: str
@@ -61,16 +65,19 @@ class Stage:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        names = () if self.conv == "none" else WEIGHT
+        names = () if self.conv in ("none", "pool") else WEIGHT
         names += NORM if self.affine else ()
-        names += RUNNING if self.norm == "running" else ()
+        names += RUNNING if self.norm == "running" else BIAS if self.norm == "bias" else ()
         return names + (GATE if self.gate else ())
 
     def output_shape(self, shape: Sequence[int], weight: Sequence[int] | None) -> tuple[int, int, int, int]:
         n, c, h, w = shape
+        if self.conv == "pool":
+            return n, c, 1, 1
         if self.conv == "pointwise":
             return n, weight[0], h, w
-        if self.conv == "depthwise":
+        if self.conv in ("depthwise", "dense"):
+            c = weight[0] if self.conv == "dense" else c
             top, bottom, left, right = self.padding
             h = (h + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
             w = (w + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
@@ -204,8 +211,11 @@ class Kernels(Protocol):
 
     evaluate_checks: bool  # whether `evaluate` takes unchecked arguments, with a RuntimeError for those that do not fit
 
+    #: Makes of evaluate's arguments a function of x, quicker to call where only x changes; None: there is no such way.
+    prepared: Callable[..., Callable[[Tensor], Tensor]] | None
+
     def evaluates(self, chain: Chain, residual: bool) -> bool:
-        """Whether :meth:`evaluate` runs this chain; every stage then normalises by its running statistics."""
+        """Whether :meth:`evaluate` runs this chain; no stage then normalises by its batch."""
 
     def evaluate(
         self, x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], residuals: tuple[bool, ...]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .chain import RUNNING, Stage, accumulate_dtype, stage_parameters
+from .chain import BIAS, RUNNING, Stage, accumulate_dtype, stage_parameters
 
 
 def fail(op: str, argument: str, expected: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
@@ -102,15 +102,15 @@ def _check_stage(op: str, x: Tensor, shape: tuple[int, ...], stage: Stage, p: di
     channels, weight = shape[1], p.get("weight")
     if weight is not None:
         kernel, groups = tuple(stage.kernel), channels if stage.conv == "depthwise" else 1
-        expected = (channels, 1, *kernel) if groups > 1 or stage.conv == "depthwise" else ("out", channels, 1, 1)
-        given = tuple(weight.shape)
+        expected = (channels, 1, *kernel) if groups > 1 or stage.conv == "depthwise" else ("out", channels, *kernel)
+        given = tuple(weight.shape) + ((1, 1) if stage.norm == "bias" and weight.dim() == 2 else ())  # a linear layer's
         if len(given) != 4 or given[1:] != expected[1:] or (stage.conv == "depthwise" and given[0] != channels):
             text = f"({', '.join(str(e) for e in expected)}) for an input of {channels} channels"
             fail(op, "weight", f"shape {text}", given)
     shape = stage.output_shape(shape, None if weight is None else weight.shape)
     if min(shape[2:]) < 1:
         fail(op, "x", f"height and width that the {stage.kernel[0]}x{stage.kernel[1]} window fits in", tuple(x.shape))
-    for name in ("bn_weight", "bn_bias", *RUNNING):
+    for name in ("bn_weight", "bn_bias", *RUNNING, *BIAS):
         if name in p and tuple(p[name].shape) != (shape[1],):
             fail(op, name, f"shape ({shape[1]},)", tuple(p[name].shape))
     alone = stage.norm == "batch" and stage.group is None  # other processes' batches may hold more

@@ -36,8 +36,10 @@ KERNEL_SCHEMAS = {
     "norm_forward": "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor(a!) norm",
     "norm_backward": "Tensor sums, Tensor? gate, Tensor? q, Tensor norm, int count, Tensor(a!) dweight, "
     "Tensor(b!) dbias, Tensor(c!)? b, Tensor(d!)? c",
-    "evaluate": "Tensor x, Tensor[] params, int[] stages, float[] eps, int[] blocks, int version, "
+    # stages, blocks: integers in a tensor, as a long list of them takes longer to hand over than a small block to run
+    "evaluate": "Tensor x, Tensor[] params, Tensor stages, Tensor eps, Tensor blocks, int version, "
     "Tensor(a!) packed, Tensor(b!) out",
+    "evaluate_packed": "Tensor x, Tensor stages, Tensor widths, Tensor blocks, Tensor packed, Tensor(a!) out",
     "pool": f"{_VALUE}, Tensor(a!) pooled",
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
     "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",
@@ -59,7 +61,7 @@ library = torch.library.Library("mbn", "DEF")
 for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
     library.define(f"{_name}({_arguments}) -> ()")
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
-library.define("evaluate_size(Tensor[] params, int[] stages) -> int")
+library.define("evaluate_size(Tensor[] params, Tensor stages) -> int")
 library.define("cpu_instruction_set() -> str")
 library.define("cuda_missing() -> str")
 library.define(

@@ -12,11 +12,15 @@ struct Kernels {
   void (*depthwise_forward)(const DepthwiseForward<S>&);
   void (*depthwise_backward)(const DepthwiseBackward<S>&);
   void (*evaluate)(const Evaluate<S>&);
-  // Weights as evaluate reads them: how many numbers they take, and their packing. pointwise [out][in], depthwise [channels][taps].
-  int64_t (*packed_pointwise_size)(int64_t out, int64_t in);
+  // Weights as evaluate reads them: how many bytes they take, and their packing. pointwise [out][depth], depthwise [channels][taps]; scale [out] is
+  // multiplied in, null: 1; pack_wide takes numbers that are not of type S.
+  int64_t (*packed_pointwise_size)(int64_t out, int64_t depth);
   int64_t (*packed_depthwise_size)(int64_t channels, int64_t taps);
-  void (*pack_pointwise)(const S* weight, int64_t out, int64_t in, Accumulate<S>* to);
-  void (*pack_depthwise)(const S* weight, int64_t channels, int64_t taps, Accumulate<S>* to);
+  void (*pack_pointwise)(const S* weight, int64_t out, int64_t depth, const Accumulate<S>* scale, void* to);
+  void (*pack_depthwise)(const S* weight, int64_t channels, int64_t taps, const Accumulate<S>* scale, void* to);
+  void (*pack_wide)(const Accumulate<S>* weight, int64_t out, int64_t depth, void* to);
+  int64_t (*padded_channels)(int64_t channels);  // of a shift
+  int64_t (*dense_channels)(int64_t channels);   // of a dense convolution's input, at each tap
   void (*pool)(const Pool<S>&);
   void (*materialize)(const Materialize<S>&);
   void (*materialize_gradient)(const MaterializeGradient<S>&);

@@ -7,6 +7,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mbn {
 namespace {
 
@@ -22,7 +26,8 @@ struct Arena {
   size_t current = 0;
 };
 thread_local Arena arena;
-constexpr size_t kAlign = 64, kMinimumBlock = size_t{1} << 20;
+// Whole huge pages: with small ones, looking pages up takes as long as streaming through them.
+constexpr size_t kAlign = 64, kHugePage = size_t{2} << 20;
 
 }  // namespace
 
@@ -55,9 +60,12 @@ void* Scratch::bytes(size_t count) {
     if (arena.current + 1 == arena.blocks.size()) break;
     arena.blocks[++arena.current].used = 0;
   }
-  const size_t size = count > kMinimumBlock ? count : kMinimumBlock;
-  void* p = std::aligned_alloc(kAlign, size);
+  const size_t size = (count + kHugePage - 1) / kHugePage * kHugePage;
+  void* p = std::aligned_alloc(kHugePage, size);
   if (p == nullptr) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(p, size, MADV_HUGEPAGE);  // advice: a failure changes nothing
+#endif
   arena.blocks.push_back({std::unique_ptr<void, Free>(p), size, count});
   arena.current = arena.blocks.size() - 1;
   return p;

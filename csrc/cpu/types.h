@@ -22,6 +22,10 @@ template <>
 struct AccumulateOf<double> {
   using type = double;
 };
+template <>
+struct AccumulateOf<const double> {
+  using type = double;
+};
 template <class S>
 using Accumulate = typename AccumulateOf<S>::type;
 
@@ -115,28 +119,37 @@ struct DepthwiseBackward {
   T* dweight;  // [C, kernel_h, kernel_w]
 };
 
-// A stage in evaluation: act(scale[c] * convolution + shift[c]), with scale and shift folded from the running statistics. The weight is packed: a
-// pointwise one by pack_pointwise, a depthwise one by pack_depthwise.
+// A convolution in evaluation: act(weight * x + shift), its weight packed and scaled by what is folded into it (kernels.h, pack_*).
 template <class S>
 struct FoldedStage {
-  const Accumulate<S>* weight = nullptr;  // null: there is no such stage
-  const Accumulate<S>* scale = nullptr;
+  const void* weight = nullptr;  // null: there is no such stage
   const Accumulate<S>* shift = nullptr;
   Act act = Act::identity;
 };
 
+// One step of a network in evaluation: a block [dense or expand] -> [depthwise (+ squeeze-excite)] -> [project] (+ residual), or the mean over the pixels.
+// A dense convolution may be a step of its own, too.
+enum class StepKind { block, pool };
 template <class S>
-struct Evaluate {  // [expand] -> [depthwise (+ squeeze-excite)] -> [project] (+ residual); project may be missing only behind a lone depthwise
-  using T = Accumulate<S>;
-  int64_t images, in_channels, channels, out_channels, height, width, out_height, out_width;  // channels: of the depthwise
+struct Step {
+  StepKind kind = StepKind::block;
+  int64_t in_channels, channels, out_channels, height, width, out_height, out_width;  // channels: of the depthwise; the sizes are those around it
   Window window;
-  FoldedStage<S> expand, depthwise, project;
+  FoldedStage<S> dense, expand, depthwise, project;
+  Window dense_window;  // a dense convolution reads the image from outside, so it belongs to the first step
+  int64_t dense_channels, dense_height, dense_width;
   int64_t squeeze = 0;  // width of the squeeze; 0: no squeeze-excite
-  const T *w1 = nullptr, *b1 = nullptr, *w2 = nullptr, *b2 = nullptr;
-  Act squeeze_act = Act::identity, gate_act = Act::identity;
+  FoldedStage<S> reduce, restore;
+  bool residual = false;
+};
+
+template <class S>
+struct Evaluate {
+  int64_t images, steps;
+  const Step<S>* step;
   const S* x;
-  const S* residual;
-  S* out;
+  int64_t x_strides[4];  // of images, channels, rows, columns
+  S* out;                // channels-last
 };
 
 template <class S>

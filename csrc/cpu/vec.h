@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "runtime.h"
+#include "team.h"
 #include "types.h"
 
 namespace mbn {
@@ -177,6 +178,12 @@ MBN_INLINE void parallel_tasks(int64_t tasks, const F& f) {
   run_parallel(
       tasks, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Runs f(member) in every member of a team.
+template <class F>
+MBN_INLINE void in_team(const F& f) {
+  run_team([](const Member& member, void* context) { (*static_cast<const F*>(context))(member); }, const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 template <class T>

@@ -79,24 +79,39 @@ def _gradient(g: Gradient) -> tuple:
 
 @lru_cache(maxsize=4096)
 def _evaluates(chain: Chain, residual: bool) -> bool:
-    """Whether the chain is [pointwise], depthwise (+ squeeze-excite), [pointwise] or one of them, normalised by running
-    statistics, and a residual goes around a pointwise stage.
+    """Whether the chain is [pointwise], depthwise (+ squeeze-excite), [pointwise] or one of them, or an end of a network
+    alone, none of it normalised by its batch, and a residual goes around a pointwise stage.
     """
     stages, kinds = chain.stages, [stage.conv for stage in chain.stages]
     shapes = (["pointwise", "depthwise", "pointwise"], ["depthwise", "pointwise"], ["depthwise"], ["pointwise"])
     gates = [i for i, stage in enumerate(stages) if stage.gate]
-    norms = {stage.norm for stage in stages}
-    fits = kinds in shapes and gates in ([], [len(stages) - 2]) and norms == {"running"}
+    fixed = all(stage.norm in ("running", "bias") or stage.conv == "pool" for stage in stages)
+    fits = kinds in (*shapes, ["dense"], ["pool"]) and gates in ([], [len(stages) - 2]) and fixed
     return fits and (not residual or kinds[-1] == "pointwise")
 
 
 class _Evaluation(NamedTuple):
     """How csrc/cpu/evaluate.cpp is called for chains."""
 
-    stages: list[int]  # as the struct StageCode there reads them
-    eps: list[float]
-    blocks: list[int]  # as BlockCode
-    weights: list[tuple[Stage, int]]  # each stage, and where its weight is in the flat list of parameters
+    stages: Tensor  # int64, as the struct StageCode there reads them
+    eps: Tensor  # float64
+    blocks: Tensor  # int64, as BlockCode
+    weights: list[tuple[Stage, int | None]]  # each stage, and where its weight is in the flat list of parameters
+
+    def output_shape(self, shape: Sequence[int], flat: Sequence[Tensor]) -> Sequence[int]:
+        for stage, weight in self.weights:
+            shape = stage.output_shape(shape, None if weight is None else flat[weight].shape)
+        return shape
+
+    def widths(self, flat: Sequence[Tensor]) -> Tensor:
+        """As csrc/cpu/evaluate_params.h's Widths: (out, in, squeeze) of each stage."""
+        found = []
+        for stage, weight in self.weights:
+            out, inner = (0, 0) if weight is None else flat[weight].shape[:2]
+            names = stage.parameter_names
+            squeeze = flat[weight + names.index("w1")].shape[0] if stage.gate else 0
+            found += [out, out if stage.conv == "depthwise" else inner, squeeze]
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
 
 
 @lru_cache(maxsize=4096)
@@ -105,13 +120,15 @@ def _evaluation(chains: tuple[Chain, ...], residuals: tuple[bool, ...]) -> _Eval
     stages = [stage for chain in chains for stage in chain.stages]
     for stage in stages:
         acts = (ACTIVATIONS[stage.gate[0]].code, ACTIVATIONS[stage.gate[1]].code) if stage.gate else (-1, -1)
-        conv = ("none", "pointwise", "depthwise").index(stage.conv)
+        conv = ("none", "pointwise", "depthwise", "dense", "pool").index(stage.conv)
         window = (*stage.kernel, *stage.stride, *stage.padding, *stage.dilation)
-        codes += [conv, *window, int(stage.affine), ACTIVATIONS[stage.act].code, *acts]
-        weights.append((stage, count))
+        codes += [conv, *window, int(stage.norm == "running"), int(stage.affine), ACTIVATIONS[stage.act].code, *acts]
+        weights.append((stage, count if stage.conv != "pool" else None))
         count += len(stage.parameter_names)
     blocks = [n for chain, r in zip(chains, residuals, strict=True) for n in (len(chain.stages), int(r))]
-    return _Evaluation(codes, [stage.eps for stage in stages], blocks, weights)
+    integers = {"dtype": torch.int64, "device": "cpu"}
+    eps = torch.tensor([stage.eps for stage in stages], dtype=torch.float64, device="cpu")
+    return _Evaluation(torch.tensor(codes, **integers), eps, torch.tensor(blocks, **integers), weights)
 
 
 class _Packed(NamedTuple):
@@ -126,22 +143,78 @@ _packed_chains: dict[tuple[int, tuple[Chain, ...], torch.dtype], _Packed] = {}
 
 
 def _packed(
-    x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], params: Sequence[Tensor], stages: list[int]
-) -> tuple[Tensor, int]:
-    """(the packed parameters, their version): ``evaluate`` packs them anew where the version, a place in memory or what
-    it samples of the contents is no longer what it was. Inference tensors count no versions: -1, always anew.
+    x: Tensor, chains: tuple[Chain, ...], flat: Sequence[Tensor], params: Sequence[Tensor], stages: Tensor
+) -> Tensor:
+    """The packed parameters: ``evaluate`` packs them anew where their version, a place in memory or what it samples of
+    the contents is no longer what it was.
     """
     key, shapes = (id(flat[0]), chains, x.dtype), [p.shape for p in flat]
     found = _packed_chains.get(key)
     if found is None or found.weight() is not flat[0] or found.shapes != shapes:
-        size = _ops.evaluate_size(params, stages)
-        numbers = torch.zeros(size, dtype=accumulate_dtype(x.dtype))
+        # In memory that is looked up by large pages: a network's weights are read once per image.
+        numbers = buffer(torch.empty(0), 1, _ops.evaluate_size(params, stages) // 4, 1, 1).flatten()
+        numbers[:16] = 0  # made of no parameters yet
         found = _Packed(weakref.ref(flat[0], lambda _: _packed_chains.pop(key, None)), shapes, numbers)
         _packed_chains[key] = found
+    return found.numbers
+
+
+def _version(flat: Sequence[Tensor]) -> int:
+    """Grows with every change that PyTorch knows of. Inference tensors count none: -1, as if always changed."""
     try:
-        return found.numbers, sum([p._version for p in flat])
+        return sum([p._version for p in flat])
     except RuntimeError:
-        return found.numbers, -1
+        return -1
+
+
+class Prepared:
+    """One evaluation, as often as it is called: for callers who know that neither the chains nor the tensors are others
+    than they were. What became of the tensors is checked in C++, with a RuntimeError where it does not fit any more.
+    """
+
+    def __init__(self, x: Tensor, chains: tuple[Chain, ...], flat: list[Tensor], residuals: tuple[bool, ...]) -> None:
+        self._evaluation, self._flat, self._dtype = _evaluation(chains, residuals), flat, x.dtype
+        self._packed = _packed(x, chains, flat, flat, self._evaluation.stages)
+        self._dense = chains[0].stages[0].conv == "dense"
+        self._shapes: dict[torch.Size, Sequence[int]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != self._dtype:
+            raise RuntimeError(f"evaluate: x: expected {self._dtype}, got {x.dtype}")
+        shape = self._shapes.get(x.shape)
+        if shape is None:
+            if len(self._shapes) > 64:
+                self._shapes.clear()
+            shape = self._shapes[x.shape] = self._evaluation.output_shape(x.shape, self._flat)
+        if not self._dense:
+            x = x.contiguous(memory_format=torch.channels_last)
+        out = _empty(x, shape)
+        self._run(x, out)
+        return out
+
+    def _run(self, x: Tensor, out: Tensor) -> None:
+        e = self._evaluation
+        _ops.evaluate(x, self._flat, e.stages, e.eps, e.blocks, _version(self._flat), self._packed, out)
+
+    def freeze(self, x: Tensor) -> Frozen:
+        """The same with the parameters' numbers of now, for inputs like x."""
+        frozen = Frozen.__new__(Frozen)
+        frozen.__dict__ = dict(self.__dict__)
+        self(x)  # packs them
+        frozen._packed = buffer(torch.empty(0), 1, self._packed.numel(), 1, 1).flatten().copy_(self._packed)
+        frozen._flat = [torch.empty(p.shape, device="meta") for p in self._flat]
+        frozen._widths = self._evaluation.widths(frozen._flat)
+        return frozen
+
+
+class Frozen(Prepared):
+    """An evaluation whose parameters are numbers: nothing of them is looked at any more."""
+
+    _widths: Tensor
+
+    def _run(self, x: Tensor, out: Tensor) -> None:
+        e = self._evaluation
+        _ops.evaluate_packed(x, e.stages, self._widths, e.blocks, self._packed, out)
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:
@@ -152,6 +225,7 @@ class CpuKernels:
     """:class:`mbn_kernels.chain.Kernels` on ``torch.ops.mbn.*``: allocates the outputs, the operators fill them."""
 
     evaluate_checks = True
+    prepared = Prepared
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
         n, _, h, w = u.y.shape
@@ -180,14 +254,13 @@ class CpuKernels:
         if False in [p.is_cpu for p in (x, *flat)]:
             # Of a meta tensor the dispatcher would make a call that does nothing.
             raise RuntimeError("evaluate: expected tensors on the CPU, got some on another device")
-        call, shape = _evaluation(chains, residuals), x.shape
-        for stage, weight in call.weights:
-            shape = stage.output_shape(shape, flat[weight].shape)
-        x = x.contiguous(memory_format=torch.channels_last)
-        out = _empty(x, shape)
+        call = _evaluation(chains, residuals)
+        if chains[0].stages[0].conv != "dense":
+            x = x.contiguous(memory_format=torch.channels_last)
+        out = _empty(x, call.output_shape(x.shape, flat))
         params = [p if p.is_contiguous() else p.contiguous() for p in flat]
-        packed, version = _packed(x, chains, flat, params, call.stages)
-        _ops.evaluate(x, params, call.stages, call.eps, call.blocks, version, packed, out)
+        packed = _packed(x, chains, flat, params, call.stages)
+        _ops.evaluate(x, params, call.stages, call.eps, call.blocks, _version(flat), packed, out)
         return out
 
     def pool(self, u: Value) -> Tensor:

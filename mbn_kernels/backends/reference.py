@@ -110,6 +110,7 @@ class ReferenceKernels:
     """:class:`mbn_kernels.chain.Kernels` in plain PyTorch."""
 
     evaluate_checks = False
+    prepared = None
     gate_forward = staticmethod(gate_forward)
     gate_backward = staticmethod(gate_backward)
     batch_norm = staticmethod(batch_norm)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..modules.fused import FusedModule
-from ..modules.sequence import run_in_turn
+from ..modules.sequence import KeepsEvaluation, run_in_turn
 from ..modules.units import Unit, norm_kind
 from ..ops import AUTOCAST_DEVICES
 from .trace import Plan
 
 #: What adoption adds to a module itself.
-_ATTRIBUTES = ("_plan", "_tree", "_reading", "_views")
+_ATTRIBUTES = ("_plan", "_tree", "_reading", "_views", "_kept")
 
 
 class Adopted:
@@ -77,7 +77,7 @@ class AdoptedBlock(Adopted, FusedModule):
         return _revive, (self._own, AdoptedBlock), self.__getstate__()
 
 
-class AdoptedSequential(Adopted, nn.Sequential):
+class AdoptedSequential(Adopted, KeepsEvaluation, nn.Sequential):
     """An nn.Sequential that runs some of its children together: neighbouring fused modules in evaluation, and layers
     that are stages, which lie in ``_views``: by the name of the first, an adopted Sequential of those layers.
     """
@@ -86,7 +86,7 @@ class AdoptedSequential(Adopted, nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         fused = isinstance(input, Tensor) and runs_fused(input)
-        return run_in_turn(self._parts() if fused else self._modules.values(), input)
+        return run_in_turn(self, self._parts() if fused else list(self._modules.values()), input)
 
     def _parts(self) -> list[nn.Module]:
         views, parts, skipped = self._views or {}, [], 0
@@ -118,7 +118,7 @@ class AdoptedSequential(Adopted, nn.Sequential):
         return _extra_repr(super().extra_repr(), "neighbours fused")
 
     def __getstate__(self) -> dict:
-        return _state(super())
+        return _state(super()) | {"_kept": None}
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _revive, (self._own, AdoptedSequential), self.__getstate__()

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from ..modules import FusedDepthwiseSeparable, FusedInvResBlock, FusedSequential
+from ..modules.ends import Head
+from ..modules.fused import has_hook
+from ..modules.sequence import KeepsEvaluation, run_in_turn
 from .tables import BlockShape
 
 _ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
 
 
-class MobileNet(nn.Module):
+class MobileNet(KeepsEvaluation, nn.Module):
     """conv1, blocks, last_conv, se_block, global average pool, classifier: (N, C, H, W) -> (N, num_classes).
 
     last_conv and se_block may be absent. The weights are initialised here, so build the parts first.
@@ -38,7 +41,14 @@ class MobileNet(nn.Module):
         self.classifier = classifier
         initialize(self)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(self.blocks) is FusedSequential and not has_hook(self.blocks):
+            parts = (self.conv1, *self.blocks._modules.values(), self.last_conv, self.se_block)
+            head = Head(self.gap, self.classifier)
+            return run_in_turn(self, [part for part in parts if part is not None], x, head)
         x = self.blocks(self.conv1(x))
         if self.last_conv is not None:
             x = self.last_conv(x)

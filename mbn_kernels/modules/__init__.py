@@ -8,10 +8,12 @@ from .blocks import (
     FusedSqueezeExcite,
     make_divisible,
 )
+from .frozen import FrozenEvaluation, freeze
 from .fused import FusedModule
 from .sequence import FusedSequential
 
 __all__ = [
+    "FrozenEvaluation",
     "FusedDepthwiseConvBNAct",
     "FusedDepthwiseSeparable",
     "FusedInvResBlock",
@@ -19,5 +21,6 @@ __all__ = [
     "FusedPointwiseConvBNAct",
     "FusedSequential",
     "FusedSqueezeExcite",
+    "freeze",
     "make_divisible",
 ]

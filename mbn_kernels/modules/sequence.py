@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,31 @@ from torch import Tensor, nn
 from .. import backends, ops
 from ..chain import parse
 from ..functional import evaluates, runs_directly
+from .ends import Head, stem_call
 from .fused import Call, FusedModule, has_hook
+from .watch import Watch
 
 
-class FusedSequential(nn.Sequential):
+class _Kept(NamedTuple):
+    """An evaluation in one call, and what it was made of."""
+
+    children: dict  # of the module that keeps it; a replica has others
+    parts: list[nn.Module]
+    watch: Watch
+    backend: str
+    run: Callable[[Tensor], Tensor]
+    flat: bool
+
+
+class KeepsEvaluation:
+    """Of a module that runs its parts in turn: the last evaluation that took one call, as long as the parts are what they
+    were. The class's ``__getstate__`` must leave it out.
+    """
+
+    _kept: _Kept | None = None
+
+
+class FusedSequential(KeepsEvaluation, nn.Sequential):
     """``nn.Sequential``, whose neighbouring fused modules run in one call where no gradient is wanted and all of them
     normalise by running statistics: what one hands to the next stays in the processor's cache.
 
@@ -22,30 +44,75 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_in_turn(self._modules.values(), x)
+        return run_in_turn(self, list(self._modules.values()), x)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}
 
 
-def run_in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """The modules one behind the other, as :class:`FusedSequential` does."""
+def run_in_turn(owner: nn.Module, parts: list[nn.Module], x: Tensor, head: Head | None = None) -> Tensor:
+    """The parts of ``owner`` one behind the other, as :class:`FusedSequential` does, and the head; a stem in front of the
+    others and the head are in the same call.
+    """
     if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
-        return _one_by_one(modules, x)
-    backend, waiting = backends.choose(x.device, x.dtype), []
+        return _one_by_one(parts, x, head)
+    backend = backends.choose(x.device, x.dtype)
+    kept = owner._kept if isinstance(owner, KeepsEvaluation) else None
+    if kept and kept.children is owner._modules and kept.backend == backend and kept.parts == parts and kept.watch.holds():
+        try:
+            out = kept.run(x)
+            return out.flatten(1) if kept.flat else out
+        except RuntimeError:  # a tensor is no longer what it was: the way below finds out, and finds the words
+            owner.__dict__.pop("_kept", None)
     if backends.why_unsupported(x.device, x.dtype):
-        return _one_by_one(modules, x)
-    for module in modules:
-        call = module.call() if isinstance(module, FusedModule) and not has_hook(module) else None
-        if call and not call.running and not call.drops and evaluates(call.spec, call.residual, backend):
-            waiting.append(call)
+        return _one_by_one(parts, x, head)
+    waiting, whole = [], True
+    for part in parts:
+        calls = _calls(part, not waiting)
+        if calls and all(_evaluates(call, backend) for call in calls):
+            waiting += calls
             continue
-        x = module(_run(x, waiting, backend))
-        waiting = []
-    return _run(x, waiting, backend)
+        x, waiting, whole = part(_run(x, waiting, backend)), [], False
+    ends = head and head.calls()
+    if ends and all(_evaluates(call, backend) for call in ends):
+        waiting += ends
+    elif head:
+        return head(_run(x, waiting, backend))
+    out = _run(x, waiting, backend)
+    if whole and waiting and isinstance(owner, KeepsEvaluation):
+        _keep(owner, parts, head, x, waiting, backend)
+    return out.flatten(1) if head else out
 
 
-def _one_by_one(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
+def _keep(
+    owner: nn.Module, parts: list[nn.Module], head: Head | None, x: Tensor, calls: list[Call], backend: str
+) -> None:
+    prepare = backends.get(backend).kernels.prepared
+    flat = [p for call in calls for p in call.params]
+    if prepare is None or not all(p.is_contiguous() for p in flat):
+        return
+    chains, residuals = tuple(parse(call.spec) for call in calls), tuple(call.residual for call in calls)
+    watch = Watch([*parts, *(head.modules() if head else ())])
+    run = prepare(x, chains, flat, residuals)
+    owner.__dict__["_kept"] = _Kept(owner._modules, parts, watch, backend, run, head is not None)
+
+
+def _one_by_one(parts: list[nn.Module], x: Tensor, head: Head | None) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return head(x) if head else x
+
+
+def _calls(part: nn.Module, first: bool) -> list[Call] | None:
+    if not isinstance(part, FusedModule):
+        call = stem_call(part) if first else None
+    else:
+        call = None if has_hook(part) else part.call()
+    return None if call is None else [call]
+
+
+def _evaluates(call: Call, backend: str) -> bool:
+    return not call.running and not call.drops and evaluates(call.spec, call.residual, backend)
 
 
 def _run(x: Tensor, calls: list[Call], backend: str) -> Tensor:

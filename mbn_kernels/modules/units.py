@@ -32,6 +32,9 @@ _NORMS = {
 }
 _SAME_CONV = "timm.layers.conv2d_same.Conv2dSame"
 
+#: A dense convolution of more channels is better done by PyTorch.
+_MOST_STEM_CHANNELS = 4
+
 Size = tuple[int, int]
 
 
@@ -77,6 +80,14 @@ class Description(NamedTuple):
 
     stage: str | None
     reason: str | None = None
+
+
+def describe_stem(layer: nn.Module) -> Description:
+    """The dense stage of a module that holds (convolution of few channels, batch norm[, activation])."""
+    conv, bn, act = stage_unit(layer)[:3]
+    if type(conv) is not nn.Conv2d or conv.in_channels > _MOST_STEM_CHANNELS or conv.groups > 1 or bn is None:
+        return Description(None, "no stem")
+    return _described(_conv_facts(conv, None), _norm_facts(bn), _act_fact(act), None, True)
 
 
 def describe(unit: Unit, size: Size | None = None) -> Description:
@@ -162,7 +173,9 @@ def _is_layer(fc: nn.Module | str) -> bool:
     return type(fc) is nn.Linear and _parameter(fc, "bias") is not None
 
 
-def _describe(conv: tuple | None, norm: tuple | None, act: type | str, excitation: tuple | None) -> Description:
+def _describe(
+    conv: tuple | None, norm: tuple | None, act: type | str, excitation: tuple | None, stem: bool = False
+) -> Description:
     gate = None
     if excitation is not None:
         gate = tuple(_act_name(kind) for kind in excitation)
@@ -174,7 +187,7 @@ def _describe(conv: tuple | None, norm: tuple | None, act: type | str, excitatio
         return Description(None, f"{conv[0].__name__} in the place of a stage")
     if conv[0] is not nn.Conv2d:
         return Description(None, f"{conv[0].__name__} in the place of Conv2d")
-    reason, kind = _conv_kind(conv)
+    reason, kind = _conv_kind(conv, stem)
     if reason:
         return Description(None, reason)
     if len(norm) == 1:
@@ -197,11 +210,13 @@ def _act_name(kind: type | str) -> str | None:
     return kind if type(kind) is str and kind in ACTS.values() else ACTS.get(kind)
 
 
-def _conv_kind(conv: tuple) -> tuple[str | None, str | None]:
-    """(why it is no stage's convolution, or "pointwise" or "depthwise")."""
+def _conv_kind(conv: tuple, stem: bool) -> tuple[str | None, str | None]:
+    """(why it is no stage's convolution, or what kind it is)."""
     _, (kernel, stride, padding, _), groups, c_in, c_out, plain = conv
     if not plain or isinstance(padding, str):
         return "a convolution with a bias, or with a padding other than a number of zeros", None
+    if stem:
+        return None, "dense"
     if groups == c_in == c_out and (groups > 1 or kernel != (1, 1)):
         return None, "depthwise"
     if kernel == stride == (1, 1) and not any(padding) and groups == 1:

@@ -27,7 +27,8 @@ def _fits(stage: Stage) -> bool:
 @lru_cache(maxsize=4096)
 def _evaluates(chain: Chain) -> bool:
     """Whether every stage is a convolution normalised by running statistics, in a window that the kernels take."""
-    return all(stage.conv != "none" and stage.norm == "running" and _fits(stage) for stage in chain.stages)
+    convolves = ("pointwise", "depthwise")
+    return all(stage.conv in convolves and stage.norm == "running" and _fits(stage) for stage in chain.stages)
 
 
 class TritonKernels:
@@ -36,6 +37,7 @@ class TritonKernels:
     """
 
     evaluate_checks = False
+    prepared = None
     convolve_depthwise = staticmethod(convolutions.depthwise_forward)
     differentiate_depthwise = staticmethod(convolutions.depthwise_backward)
     pool = staticmethod(elementwise.pool)

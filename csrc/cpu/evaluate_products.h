@@ -1,0 +1,362 @@
+// Products of evaluation: a map times a packed weight, finished in registers. Maps and weights are panels of kPanel channels.
+//
+// Map<S> is what a map's numbers are between stages: those of S, but float for bfloat16 where the processor has no instruction that multiplies it. With that
+// instruction two channels are multiplied at a time, so a packed weight holds pairs of rows, channel by channel.
+#pragma once
+
+#include "evaluate_ahead.h"
+#include "gemm.h"
+
+#if defined(MBN_BF16_PRODUCTS)
+#include <immintrin.h>
+#endif
+
+namespace mbn {
+namespace MBN_ISA {
+
+template <class S>
+struct MapOf {
+  using type = Accumulate<S>;
+};
+#if defined(MBN_BF16_PRODUCTS)
+template <>
+struct MapOf<bf16> {
+  using type = bf16;
+};
+#endif
+template <class S>
+using Map = typename MapOf<S>::type;
+
+template <class M>
+constexpr int kPair = sizeof(M) == 2 ? 2 : 1;  // channels that one multiplication takes
+template <class M>
+constexpr int kColumns = kPanel<Accumulate<M>>;
+
+template <class M>
+MBN_INLINE int64_t steps_of(int64_t depth) {
+  return ceil_div(depth, kPair<M>);
+}
+template <class M>
+MBN_INLINE int64_t panels_of(int64_t channels) {
+  return ceil_div(channels, kColumns<M>);
+}
+// Numbers in one panel of a weight, and in all of it.
+template <class M>
+MBN_INLINE int64_t weight_panel_size(int64_t depth) {
+  return steps_of<M>(depth) * kPair<M> * kColumns<M>;
+}
+template <class M>
+MBN_INLINE int64_t weight_size(int64_t columns, int64_t depth) {
+  return panels_of<M>(columns) * weight_panel_size<M>(depth);
+}
+
+// Rows of channels as panels: channel c of row r is at data[c / kColumns * panel + r * kColumns + c % kColumns].
+template <class M>
+struct Rows {
+  M* data;
+  int64_t panel;  // from panel to panel: (rows of the whole map) * kColumns
+};
+template <class M>
+MBN_INLINE Rows<M> from_row(Rows<M> rows, int64_t row) {
+  return {rows.data + row * kColumns<M>, rows.panel};
+}
+
+// What becomes of a sum: clamped to [low, high], times itself for hard-swish. The other activations are applied afterwards (finish_rows).
+template <class T>
+struct Finish {
+  Act act;
+  T low, high;
+};
+template <class T>
+MBN_INLINE Finish<T> finish_of(Act act) {
+  constexpr T kInfinity = T(__builtin_huge_val());
+  const bool positive = act == Act::relu || act == Act::relu6;
+  return {act, positive ? T(0) : -kInfinity, act == Act::relu6 ? T(6) : kInfinity};
+}
+template <class T>
+MBN_INLINE bool finishes_later(const Finish<T>& f) {
+  return f.act == Act::silu || f.act == Act::hardsigmoid || f.act == Act::sigmoid;
+}
+template <bool Swish, class T>
+MBN_INLINE Vec<T> finished(Vec<T> n, const Vec<T>& low, const Vec<T>& high) {
+  if constexpr (Swish) return activate<Act::hardswish>(n);
+  // NaN stays NaN, as in at_least and at_most.
+  n = n < low ? low : n;
+  return n > high ? high : n;
+}
+
+template <class M, int NV, class T = Accumulate<M>>
+MBN_INLINE void multiply_row(Vec<T> (&sum)[NV], const M* left, const Vec<T> (&right)[NV]) {
+#if defined(MBN_BF16_PRODUCTS)
+  if constexpr (kPair<M> == 2) {
+    int pair;
+    __builtin_memcpy(&pair, left, sizeof pair);
+    const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+    MBN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[v] = (Vec<T>)_mm512_dpbf16_ps((__m512)sum[v], both, (__m512bh)right[v]);
+    return;
+  }
+#endif
+  const Vec<T> number = broadcast(T(*left));
+  MBN_UNROLL
+  for (int v = 0; v < NV; ++v) sum[v] += number * right[v];
+}
+// A vector of a packed weight, as bits.
+template <class T, class M>
+MBN_INLINE Vec<T> load_bits(const M* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class M, class To>
+struct ProductTile {
+  using T = Accumulate<M>;
+  const M* left;  // the tile's first row
+  int64_t left_panel;
+  const M* right;  // one panel of the weight
+  int64_t steps;
+  const T* start;  // what every row's sums begin with: the panel's shifts
+  Finish<T> finish;
+  To* to;
+  int64_t vector_step;          // from a row's vector to its next in `to`
+  const int32_t* places;        // of each row, counted from `to`
+  const To* residual;           // added at the end, at the same places; null: none
+  WeightsAhead* ahead = nullptr;
+  const T* before = nullptr;    // added before the activation, rows of kColumns; null: none
+};
+
+// Up to one panel's steps of a tile.
+template <class M, class T, int R, int NV>
+MBN_INLINE void multiply_panel(Tile<T, R, NV>& acc, const M* left, const M* right, int64_t steps) {
+  for (int64_t k = 0; k < steps; ++k) {
+    Vec<T> b[NV];
+    MBN_UNROLL
+    for (int v = 0; v < NV; ++v) b[v] = load_bits<T>(right + v * kLanes<T> * kPair<M>);
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) multiply_row<M, NV>(acc.at[r], left + r * kColumns<M>, b);
+    left += kPair<M>;
+    right += kPair<M> * kColumns<M>;
+  }
+}
+
+// From the sums in registers to the map.
+template <bool Swish, class T, int R, int NV, class To>
+MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const Finish<T>& finish, To* to, int64_t vector_step, const int32_t* places, const To* residual) {
+  const Vec<T> low = broadcast(finish.low), high = broadcast(finish.high);
+  MBN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = places[r];
+    MBN_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> z = finished<Swish, T>(acc.at[r][v], low, high);
+      if (residual) z += load(residual + at + v * vector_step);
+      store(to + at + v * vector_step, z);
+    }
+  }
+}
+
+// One tile of rows x vectors of a panel.
+template <class M, class To, int R, int NV, bool Swish>
+static void product_tile(const ProductTile<M, To>& t) {
+  using T = Accumulate<M>;
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kPanelSteps = kColumns<M> / kPair<M>;
+  Tile<T, R, NV> acc;
+  MBN_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> start = load(t.start + v * L);
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) acc.at[r][v] = start;
+  }
+  // A line for each 24 multiplications: weights are read at half that rate.
+  const AheadLines ahead = next_lines(t.ahead, t.steps * R * NV / 24);
+  const int64_t share = ceil_div(ahead.count, ceil_div(t.steps, kPanelSteps));
+  int64_t asked = 0;
+  const M *left = t.left, *right = t.right;
+  for (int64_t rest = t.steps; rest > 0; rest -= kPanelSteps) {
+    const int64_t steps = smaller(rest, kPanelSteps);
+    multiply_panel(acc, left, right, steps);
+    for (const int64_t until = smaller(asked + share, ahead.count); asked < until; ++asked) __builtin_prefetch(ahead.at + asked * 64, 0, 2);
+    left += t.left_panel;
+    right += steps * kPair<M> * kColumns<M>;
+  }
+  if (t.before) {
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MBN_UNROLL
+      for (int v = 0; v < NV; ++v) acc.at[r][v] += load(t.before + r * kColumns<M> + v * L);
+    }
+  }
+  finish_tile<Swish>(acc, t.finish, t.to, t.vector_step, t.places, t.residual);
+}
+
+// The tile kernels for [vectors][rows].
+template <class M, class To, bool Swish>
+struct ProductKernels {
+  void (*at[kPanelVectors + 1][kTileRows + 1])(const ProductTile<M, To>&);
+  template <int NV, int... R>
+  constexpr void fill(std::integer_sequence<int, R...>) {
+    ((at[NV][R + 1] = product_tile<M, To, R + 1, NV, Swish>), ...);
+  }
+  constexpr ProductKernels() : at() {
+    fill<1>(std::make_integer_sequence<int, kTileRows>{});
+    fill<2>(std::make_integer_sequence<int, kTileRows>{});
+  }
+};
+template <class M, class To, bool Swish>
+static constexpr ProductKernels<M, To, Swish> kProductKernels;
+
+template <class M, class To>
+MBN_INLINE void product_of_rows(const ProductTile<M, To>& t, int rows, int vectors) {
+  if (t.finish.act == Act::hardswish) return kProductKernels<M, To, true>.at[vectors][rows](t);
+  kProductKernels<M, To, false>.at[vectors][rows](t);
+}
+
+// Rows that lie `Step` numbers apart.
+template <int Step>
+struct EvenRows {
+  int32_t at[16];
+  constexpr EvenRows() : at() {
+    for (int r = 0; r < 16; ++r) at[r] = r * Step;
+  }
+};
+template <int Step>
+static constexpr EvenRows<Step> kEvenRows;
+
+// The activations that a tile does not apply, and the residual behind them.
+template <class M, class To>
+static __attribute__((noinline)) void finish_rows(const ProductTile<M, To>& t, int rows, int vectors, const To* residual) {
+  with_act(t.finish.act, [&](auto act) {
+    for (int r = 0; r < rows; ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = t.places[r] + v * t.vector_step;
+        auto z = activate<decltype(act)::act>(load(t.to + at));
+        if (residual) z += load(residual + at);
+        store(t.to + at, z);
+      }
+    }
+  });
+}
+
+// In parts of 256 steps: one chain of a thousand additions loses digits that shorter ones keep.
+constexpr int64_t kPartSteps = 256;
+template <class M, class To>
+static __attribute__((noinline)) void product_in_parts(ProductTile<M, To> t, int rows, int vectors) {
+  using T = Accumulate<M>;
+  static constexpr T kZeros[kColumns<M>] = {};
+  T sums[kTileRows * kColumns<M>];
+  ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, t.start, finish_of<T>(Act::identity), sums,
+                              kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr, t.ahead};
+  t.start = kZeros, t.before = sums;
+  for (; t.steps > kPartSteps; t.steps -= kPartSteps) {
+    product_of_rows(part, rows, vectors);
+    part.left += kPartSteps * kPair<M> / kColumns<M> * t.left_panel;
+    part.right += kPartSteps * kPair<M> * kColumns<M>;
+    part.start = kZeros, part.before = sums;
+  }
+  t.left = part.left, t.right = part.right;
+  product_of_rows(t, rows, vectors);
+}
+
+template <class M, class To>
+MBN_INLINE void finished_product(ProductTile<M, To> t, int rows, int vectors) {
+  const To* residual = t.residual;
+  const bool later = finishes_later(t.finish);
+  if (later) t.residual = nullptr;
+  if (t.steps > kPartSteps) {
+    product_in_parts(t, rows, vectors);
+  } else {
+    product_of_rows(t, rows, vectors);
+  }
+  if (later) finish_rows(t, rows, vectors, residual);
+}
+
+// ---- Dense convolutions -----------------------------------------------------------------------------------------------------------
+
+// The product of the windows under a row's pixels, as they lie in lines of the input: `runs` runs of `steps` multiplications each, rows `row_step` apart.
+template <class M, class To>
+struct DenseTile {
+  const M* const* lines;  // of each run
+  int64_t at, row_step, runs, steps;
+  ProductTile<M, To> product;  // left, left_panel and steps are not read
+};
+constexpr int kDenseRows = MBN_VECTOR_BYTES == 64 ? 14 : kTileRows;
+template <class M, class To, int R, int NV, bool Swish>
+static __attribute__((noinline)) void dense_tile(const DenseTile<M, To>& t) {
+  using T = Accumulate<M>;
+  Tile<T, R, NV> acc;
+  MBN_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> start = load(t.product.start + v * kLanes<T>);
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) acc.at[r][v] = start;
+  }
+  const M* right = t.product.right;
+  const int64_t step = t.row_step;
+  for (int64_t run = 0; run < t.runs; ++run) {
+    const M* left = t.lines[run] + t.at;
+    for (int64_t k = 0; k < t.steps; ++k) {
+      Vec<T> b[NV];
+      MBN_UNROLL
+      for (int v = 0; v < NV; ++v) b[v] = load_bits<T>(right + v * kLanes<T> * kPair<M>);
+      MBN_UNROLL
+      for (int r = 0; r < R; ++r) multiply_row<M, NV>(acc.at[r], left + r * step, b);
+      left += kPair<M>;
+      right += kPair<M> * kColumns<M>;
+    }
+  }
+  finish_tile<Swish>(acc, t.product.finish, t.product.to, t.product.vector_step, t.product.places, t.product.residual);
+}
+template <class M, class To, int R>
+MBN_INLINE void dense_rows_of(const DenseTile<M, To>& t, int vectors) {
+  if (vectors == 1) {
+    if (t.product.finish.act == Act::hardswish) return dense_tile<M, To, R, 1, true>(t);
+    return dense_tile<M, To, R, 1, false>(t);
+  }
+  if (t.product.finish.act == Act::hardswish) return dense_tile<M, To, R, 2, true>(t);
+  dense_tile<M, To, R, 2, false>(t);
+}
+
+// ---- Layers -----------------------------------------------------------------------------------------------------------------------
+
+// A pointwise layer of evaluation, and its columns.
+template <class S>
+struct Layer {
+  const Map<S>* weight;
+  const Accumulate<S>* shift;
+  Finish<Accumulate<S>> finish;
+  int64_t depth, columns;
+  WeightsAhead* ahead = nullptr;
+  int64_t bytes() const { return weight ? weight_size<Map<S>>(columns, depth) * int64_t(sizeof(Map<S>)) : 0; }
+};
+template <class S>
+MBN_INLINE Layer<S> layer_of(const FoldedStage<S>& stage, int64_t depth, int64_t columns) {
+  return {static_cast<const Map<S>*>(stage.weight), stage.shift, finish_of<Accumulate<S>>(stage.act), depth, columns};
+}
+
+// Vectors [first, last) of columns of rows [begin, end): from a map to a map of numbers To. residual without data: none.
+template <class S, class To>
+static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> to, Rows<const To> residual, int64_t begin, int64_t end,
+                       int64_t first, int64_t last) {
+  using M = Map<S>;
+  using T = Accumulate<S>;
+  constexpr int L = kLanes<T>;
+  for (int64_t vector = first; vector < last;) {
+    const int64_t panel = vector / kPanelVectors, within = vector % kPanelVectors;
+    const int vectors = int(smaller<int64_t>(last - vector, kPanelVectors - within));
+    const M* weight = layer.weight + panel * weight_panel_size<M>(layer.depth) + within * L * kPair<M>;
+    if (layer.ahead) reading(*layer.ahead, weight);
+    for_tiles(end - begin, [&](int64_t row, int rows) {
+      const int64_t place = (begin + row) * kColumns<M> + within * L;
+      finished_product<M, To>({from.data + (begin + row) * kColumns<M>, from.panel, weight, steps_of<M>(layer.depth), layer.shift + vector * L,
+                               layer.finish, to.data + panel * to.panel + place, L, kEvenRows<kColumns<M>>.at,
+                               residual.data ? residual.data + panel * residual.panel + place : nullptr, layer.ahead},
+                              rows, vectors);
+    });
+    vector += vectors;
+  }
+}
+
+}  // namespace MBN_ISA
+}  // namespace mbn

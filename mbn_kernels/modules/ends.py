@@ -1,0 +1,61 @@
+"""What stands before and behind a network's blocks, for evaluation in one call with them: a dense stem; the pool and the
+linear layers.
+
+They are stock modules, and run as such wherever a gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..chain import chain_spec, stage_spec
+from .fused import Call, has_hook
+from .units import ACTS, Unit, _parameter, append_tensors, describe_stem, stage_unit
+
+
+def stem_call(module: nn.Module) -> Call | None:
+    """The chain of a Sequential of (convolution, batch norm[, activation]), or None where it is something else."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward or _hooked(module):
+        return None
+    stage = describe_stem(module).stage
+    if stage is None:
+        return None
+    params: list[Tensor] = []
+    append_tensors(Unit(*stage_unit(module)[:3]), params, running := [])
+    return Call(chain_spec(type(module).__name__, [stage]), params, running, False)
+
+
+class Head:
+    """A network's end: the mean over the image, then a Sequential of linear layers, activations and dropout."""
+
+    def __init__(self, pool: nn.AdaptiveAvgPool2d, classifier: nn.Sequential) -> None:
+        self.pool, self.classifier = pool, classifier
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(x).flatten(1))
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        return self.pool, self.classifier
+
+    def calls(self) -> list[Call] | None:
+        """One chain each, with an output of one pixel, or None where a layer is something else."""
+        layers = list(self.classifier._modules.values())
+        if type(self.classifier) is not nn.Sequential or _hooked(self.classifier) or has_hook(self.pool):
+            return None
+        if type(self.pool) is not nn.AdaptiveAvgPool2d or self.pool.output_size not in (1, (1, 1)):
+            return None
+        calls = [Call(chain_spec("Head", [stage_spec("pool")]), [], [], False)]
+        layers = [layer for layer in layers if not (type(layer) is nn.Dropout and not layer.training)]
+        while layers:
+            layer = layers.pop(0)
+            if type(layer) is not nn.Linear or _parameter(layer, "bias") is None:
+                return None
+            act = ACTS[type(layers.pop(0))] if layers and type(layers[0]) in ACTS else "identity"
+            stage = stage_spec("pointwise", norm="bias", act=act)
+            params = [_parameter(layer, "weight"), _parameter(layer, "bias")]
+            calls.append(Call(chain_spec("Head", [stage]), params, [], False))
+        return calls if len(calls) > 1 else None
+
+
+def _hooked(module: nn.Sequential) -> bool:
+    return has_hook(module) or any(map(has_hook, module._modules.values()))
