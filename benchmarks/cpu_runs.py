@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cpu_contestants import OURS, Case
+from .cpu_contestants import FUSED, OURS, Case
 from .cpu_processes import Died, answers
 from .networks import TITLES
 from .timing import system_info
@@ -133,7 +133,7 @@ def names_of(rows: list[dict]) -> list[str]:
 
 def best_other(row: dict) -> float | None:
     """The least seconds of those that are not ours."""
-    return min((t for name, t in row["seconds"].items() if name != OURS), default=None)
+    return min((t for name, t in row["seconds"].items() if name not in (FUSED, OURS)), default=None)
 
 
 def ratio(row: dict) -> str:

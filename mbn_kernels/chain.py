@@ -211,8 +211,10 @@ class Kernels(Protocol):
 
     evaluate_checks: bool  # whether `evaluate` takes unchecked arguments, with a RuntimeError for those that do not fit
 
-    #: Makes of evaluate's arguments a function of x, quicker to call where only x changes; None: there is no such way.
-    prepared: Callable[..., Callable[[Tensor], Tensor]] | None
+    def prepared(
+        self, x: Tensor, chains: tuple[Chain, ...], flat: list[Tensor], residuals: tuple[bool, ...]
+    ) -> Callable[[Tensor], Tensor] | None:
+        """:meth:`evaluate` as a function of x, quicker to call where only x changes; None: there is no such way."""
 
     def evaluates(self, chain: Chain, residual: bool) -> bool:
         """Whether :meth:`evaluate` runs this chain; no stage then normalises by its batch."""

@@ -178,13 +178,21 @@ std::vector<T> widen(const char* name, const Tensor& t, int64_t numel) {
   return to;
 }
 
-// [out][in][taps] as [out][taps][in, padded with zeros].
+// A dense convolution's weight [out][in][taps], of any strides, as [out][taps][in, padded with zeros].
 template <class S>
-std::vector<S> channels_together(const S* weight, int64_t out, int64_t in, int64_t taps, int64_t padded) {
+std::vector<S> channels_together(const Tensor& weight, int64_t out, int64_t in, int64_t taps, int64_t padded) {
+  MBN_CHECK(weight.dim() == 4 && weight.numel() == out * in * taps, op, ": weight: expected ", out * in * taps, " numbers of 4 dimensions, got size ",
+            text_of(weight.sizes()));
+  check_kind(op, "weight", weight, kDtype<S>);
+  const S* from = static_cast<const S*>(weight.const_data_ptr());
+  const auto strides = weight.strides();
+  const int64_t width = weight.size(3);
   std::vector<S> to(static_cast<size_t>(out * taps * padded));
   for (int64_t o = 0; o < out; ++o) {
     for (int64_t i = 0; i < in; ++i) {
-      for (int64_t k = 0; k < taps; ++k) to[size_t((o * taps + k) * padded + i)] = weight[(o * in + i) * taps + k];
+      for (int64_t k = 0; k < taps; ++k) {
+        to[size_t((o * taps + k) * padded + i)] = from[o * strides[0] + i * strides[1] + k / width * strides[2] + k % width * strides[3]];
+      }
     }
   }
   return to;
@@ -226,8 +234,8 @@ void pack(const Stage<S>& s, double eps) {
   if (s.code.conv == kPointwise) kernels.pack_pointwise(dense<S>(op, "weight", *s.weight, s.out * s.in), s.out, s.in, factors, s.own.weight);
   if (s.code.conv == kDepthwise) kernels.pack_depthwise(dense<S>(op, "weight", *s.weight, s.out * s.taps), s.out, s.taps, factors, s.own.weight);
   if (s.code.conv == kDense) {
-    const S* weight = dense<S>(op, "weight", *s.weight, s.out * s.in * s.taps);
-    kernels.pack_pointwise(channels_together(weight, s.out, s.in, s.taps, s.depth() / s.taps).data(), s.out, s.depth(), factors, s.own.weight);
+    const std::vector<S> weight = channels_together<S>(*s.weight, s.out, s.in, s.taps, s.depth() / s.taps);
+    kernels.pack_pointwise(weight.data(), s.out, s.depth(), factors, s.own.weight);
   }
   if (s.weight) pack_shift(shift, s.own.shifts, s.own.shift);
   if (!s.code.gated()) return;
@@ -268,13 +276,22 @@ inline uint64_t sampled(uint64_t h, const void* data, int64_t bytes) {
   return mixed(h, tail);
 }
 
+// A parameter's memory, of which each number is one: contiguous, or a convolution's weight in channels-last order.
+template <class T>
+const T* dense_in_any_order(const Tensor& t, int64_t numel) {
+  static constexpr int kChannelsLast[] = {0, 2, 3, 1};
+  if (t.dim() != 4 || !dense_in_order(t, kChannelsLast, 4)) return dense<T>(op, "params", t, numel);
+  check_kind(op, "params", t, kDtype<T>);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
 inline Origin origin_of(const std::vector<Tensor>& params, const double* eps, size_t stages, int64_t version) {
   Origin origin = {1, 0, version};
   for (const Tensor& t : params) {
     by_dtype(op, "params", t, [&](auto tag) {
       using P = typename decltype(tag)::type;
       const int64_t numel = t.numel();
-      const P* data = dense<P>(op, "params", t, numel);
+      const P* data = dense_in_any_order<P>(t, numel);
       origin.places = mixed(mixed(origin.places, uint64_t(reinterpret_cast<uintptr_t>(data))), uint64_t(numel));
       if (numel > 0) origin.contents = sampled(origin.contents, data, numel * int64_t(sizeof(P)));
     });

@@ -159,6 +159,11 @@ def _packed(
     return found.numbers
 
 
+def takes(p: Tensor) -> bool:
+    """Whether ``evaluate`` reads a parameter as it lies in memory."""
+    return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+
+
 def _version(flat: Sequence[Tensor]) -> int:
     """Grows with every change that PyTorch knows of. Inference tensors count none: -1, as if always changed."""
     try:
@@ -225,7 +230,12 @@ class CpuKernels:
     """:class:`mbn_kernels.chain.Kernels` on ``torch.ops.mbn.*``: allocates the outputs, the operators fill them."""
 
     evaluate_checks = True
-    prepared = Prepared
+
+    @staticmethod
+    def prepared(
+        x: Tensor, chains: tuple[Chain, ...], flat: list[Tensor], residuals: tuple[bool, ...]
+    ) -> Prepared | None:
+        return Prepared(x, chains, flat, residuals) if all(map(takes, flat)) else None
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool):
         n, _, h, w = u.y.shape
@@ -258,7 +268,7 @@ class CpuKernels:
         if chains[0].stages[0].conv != "dense":
             x = x.contiguous(memory_format=torch.channels_last)
         out = _empty(x, call.output_shape(x.shape, flat))
-        params = [p if p.is_contiguous() else p.contiguous() for p in flat]
+        params = [p if takes(p) else p.contiguous() for p in flat]
         packed = _packed(x, chains, flat, params, call.stages)
         _ops.evaluate(x, params, call.stages, call.eps, call.blocks, _version(flat), packed, out)
         return out

@@ -110,12 +110,14 @@ class ReferenceKernels:
     """:class:`mbn_kernels.chain.Kernels` in plain PyTorch."""
 
     evaluate_checks = False
-    prepared = None
     gate_forward = staticmethod(gate_forward)
     gate_backward = staticmethod(gate_backward)
     batch_norm = staticmethod(batch_norm)
     running_norm = staticmethod(running_norm)
     norm_backward = staticmethod(norm_backward)
+
+    def prepared(self, *args: object) -> None:
+        return None
 
     def evaluates(self, chain: Chain, residual: bool) -> bool:
         return False

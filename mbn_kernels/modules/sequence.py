@@ -87,13 +87,11 @@ def run_in_turn(owner: nn.Module, parts: list[nn.Module], x: Tensor, head: Head 
 def _keep(
     owner: nn.Module, parts: list[nn.Module], head: Head | None, x: Tensor, calls: list[Call], backend: str
 ) -> None:
-    prepare = backends.get(backend).kernels.prepared
-    flat = [p for call in calls for p in call.params]
-    if prepare is None or not all(p.is_contiguous() for p in flat):
-        return
     chains, residuals = tuple(parse(call.spec) for call in calls), tuple(call.residual for call in calls)
+    run = backends.get(backend).kernels.prepared(x, chains, [p for call in calls for p in call.params], residuals)
+    if run is None:
+        return
     watch = Watch([*parts, *(head.modules() if head else ())])
-    run = prepare(x, chains, flat, residuals)
     owner.__dict__["_kept"] = _Kept(owner._modules, parts, watch, backend, run, head is not None)
 
 
