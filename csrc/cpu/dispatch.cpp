@@ -9,20 +9,33 @@
 namespace mbn {
 namespace {
 
-bool runs(const AllKernels& set) {
 #if defined(__x86_64__)
+const AllKernels& avx512_bf16() {
+  static const AllKernels set = [] {
+    AllKernels all = kAvx512Kernels;
+    all.name = "avx512_bf16";
+    all.b16.evaluation = kAvx512Bf16Evaluation;
+    return all;
+  }();
+  return set;
+}
+
+bool runs(const AllKernels& set) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   if (&set == &kAvx2Kernels) return avx2;
-  if (&set == &kAvx512Kernels)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
+  if (&set == &kAvx512Kernels) return avx512;
+  if (&set == &avx512_bf16()) return avx512 && __builtin_cpu_supports("avx512bf16");
   return &set == &kBaselineKernels;
 }
+#else
+bool runs(const AllKernels& set) { return &set == &kBaselineKernels; }
+#endif
 
 const AllKernels* choose() {
 #if defined(__x86_64__)
-  const AllKernels* const sets[] = {&kAvx512Kernels, &kAvx2Kernels, &kBaselineKernels};
+  const AllKernels* const sets[] = {&avx512_bf16(), &kAvx512Kernels, &kAvx2Kernels, &kBaselineKernels};
 #else
   const AllKernels* const sets[] = {&kBaselineKernels};
 #endif
@@ -35,7 +48,7 @@ const AllKernels* choose() {
     }
     if (runs(*set)) return set;
   }
-  fail("MBN_CPU_ISA: expected avx512, avx2 or baseline, got ", forced ? forced : "nothing");
+  fail("MBN_CPU_ISA: expected avx512_bf16, avx512, avx2 or baseline, got ", forced ? forced : "nothing");
 }
 
 std::string cpu_instruction_set() { return kernels().name; }

@@ -134,7 +134,7 @@ void run(const Tensor& x, const std::vector<Stage<S>>& stages, const std::vector
     for (int i = 0; i < 4; ++i) p.x_strides[i] = strides[i];
   }
   p.out = activations_out<S>(op, "out", out, {in.images, last.out_channels, last.out_height, last.out_width});
-  if (in.images > 0) kernels_for<S>().evaluate(p);
+  if (in.images > 0) kernels_for<S>().evaluation.evaluate(p);
 }
 
 char* packed_memory(const Tensor& packed) {

@@ -52,6 +52,17 @@ MBN_INLINE Lines<S> take_lines(const Dense<S>& d, Scratch& scratch) {
   return {take<Map<S>>(scratch, d.span * d.line), take<const Map<S>*>(scratch, d.runs), 0};
 }
 
+// A number of type S as one of a map.
+template <class S>
+MBN_INLINE void put_number(Map<S>* to, S number) {
+  if constexpr (sizeof(S) == sizeof *to) {
+    __builtin_memcpy(static_cast<void*>(to), &number, sizeof number);
+  } else {
+    const uint32_t bits = uint32_t(number.bits) << 16;
+    __builtin_memcpy(static_cast<void*>(to), &bits, sizeof bits);
+  }
+}
+
 template <class S>
 static void make_line(const Dense<S>& d, const Image<S>& image, int64_t row, Map<S>* line) {
   using M = Map<S>;
@@ -64,17 +75,23 @@ static void make_line(const Dense<S>& d, const Image<S>& image, int64_t row, Map
     __builtin_memcpy(static_cast<void*>(to), from, size_t(width * d.channels) * sizeof(M));
     return;
   }
-  for (int64_t i = 0; i < d.channels; ++i) {
-    for (int64_t c = 0; c < width; ++c) {
-      const S number = from[i * image.channels + c * image.columns];
-      if constexpr (sizeof(S) == sizeof(M)) {
-        __builtin_memcpy(static_cast<void*>(to + c * d.padded + i), &number, sizeof number);
-      } else {
-        const uint32_t bits = uint32_t(number.bits) << 16;
-        __builtin_memcpy(static_cast<void*>(to + c * d.padded + i), &bits, sizeof bits);
+  if constexpr (kPair<M> == 2) {
+    if (d.channels == 3) {  // three numbers and a zero in one piece
+      for (int64_t c = 0; c < width; ++c) {
+        const S* pixel = from + c * image.columns;
+        const uint64_t bits = pixel[0].bits | uint64_t(pixel[image.channels].bits) << 16 | uint64_t(pixel[2 * image.channels].bits) << 32;
+        __builtin_memcpy(static_cast<void*>(to + c * 4), &bits, sizeof bits);
       }
+      return;
     }
   }
+  const auto pixels = [&](auto count) {
+    for (int64_t c = 0; c < width; ++c) {
+      for (int i = 0; i < count; ++i) put_number<S>(to + c * d.padded + i, from[i * image.channels + c * image.columns]);
+    }
+  };
+  if (d.channels == 3) return pixels(LanesTag<3>{});
+  pixels(int(d.channels));
 }
 
 // Vectors [first, first + vectors) of columns, in one panel, of row y of the output: vectors `vector_step` apart, pixels Step.

@@ -82,7 +82,7 @@ struct Stage : Parameters {
   int64_t out, in, taps, squeeze;  // channels, or channels in the squeeze; taps: of a window
   Packed<S> own, reduce, restore;
 
-  int64_t depth() const { return code.conv == kDense ? taps * kernels_for<S>().dense_channels(in) : in; }
+  int64_t depth() const { return code.conv == kDense ? taps * kernels_for<S>().evaluation.dense_channels(in) : in; }
   FoldedStage<S> folded() const { return {own.weight, own.shift, activation(op, "stages", code.act)}; }
   FoldedStage<S> folded_reduce() const { return {reduce.weight, reduce.shift, activation(op, "stages", code.squeeze_act)}; }
   FoldedStage<S> folded_restore() const { return {restore.weight, restore.shift, activation(op, "stages", code.gate_act)}; }
@@ -95,7 +95,7 @@ struct Widths {
 
 template <class S>
 Packed<S> take_packed(Places& places, int64_t columns, int64_t weight_bytes) {
-  const int64_t shifts = kernels_for<S>().padded_channels(columns);
+  const int64_t shifts = kernels_for<S>().evaluation.padded_channels(columns);
   void* weight = places.take<char>(weight_bytes);
   return {weight, places.take<Accumulate<S>>(shifts * int64_t(sizeof(Accumulate<S>))), columns, shifts};
 }
@@ -103,7 +103,7 @@ Packed<S> take_packed(Places& places, int64_t columns, int64_t weight_bytes) {
 // A stage of known widths, without its parameters.
 template <class S>
 Stage<S> stage_of(const StageCode& code, const Widths& widths, Places& places) {
-  const auto& kernels = kernels_for<S>();
+  const auto& kernels = kernels_for<S>().evaluation;
   Stage<S> s = {};
   s.code = code;
   s.out = widths.out, s.in = widths.in, s.squeeze = widths.squeeze;
@@ -208,7 +208,7 @@ template <class S>
 void pack_gate_layer(const char* name, const Tensor& weight, const char* bias_name, const Tensor& bias, int64_t out, int64_t in, const Packed<S>& to) {
   using T = Accumulate<S>;
   const std::vector<T> numbers = widen<T>(name, weight, out * in);
-  kernels_for<S>().pack_wide(numbers.data(), out, in, to.weight);
+  kernels_for<S>().evaluation.pack_wide(numbers.data(), out, in, to.weight);
   pack_shift(widen<T>(bias_name, bias, out), to.shifts, to.shift);
 }
 
@@ -216,7 +216,7 @@ void pack_gate_layer(const char* name, const Tensor& weight, const char* bias_na
 template <class S>
 void pack(const Stage<S>& s, double eps) {
   using T = Accumulate<S>;
-  const auto& kernels = kernels_for<S>();
+  const auto& kernels = kernels_for<S>().evaluation;
   std::vector<T> scale, shift;
   if (s.bias) {
     shift = widen<T>("bias", *s.bias, s.out);

@@ -85,19 +85,19 @@ MBN_INLINE Vec<T> finished(Vec<T> n, const Vec<T>& low, const Vec<T>& high) {
   return n > high ? high : n;
 }
 
-template <class M, int NV, class T = Accumulate<M>>
-MBN_INLINE void multiply_row(Vec<T> (&sum)[NV], const M* left, const Vec<T> (&right)[NV]) {
 #if defined(MBN_BF16_PRODUCTS)
-  if constexpr (kPair<M> == 2) {
-    int pair;
-    __builtin_memcpy(&pair, left, sizeof pair);
-    const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-    MBN_UNROLL
-    for (int v = 0; v < NV; ++v) sum[v] = (Vec<T>)_mm512_dpbf16_ps((__m512)sum[v], both, (__m512bh)right[v]);
-    return;
-  }
+template <class M, int NV>
+MBN_INLINE void multiply_row(Vec<float> (&sum)[NV], const bf16* left, const Vec<float> (&right)[NV]) {
+  int pair;
+  __builtin_memcpy(&pair, left, sizeof pair);
+  const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+  MBN_UNROLL
+  for (int v = 0; v < NV; ++v) sum[v] = (Vec<float>)_mm512_dpbf16_ps((__m512)sum[v], both, (__m512bh)right[v]);
+}
 #endif
-  const Vec<T> number = broadcast(T(*left));
+template <class M, int NV>
+MBN_INLINE void multiply_row(Vec<Accumulate<M>> (&sum)[NV], const Accumulate<M>* left, const Vec<Accumulate<M>> (&right)[NV]) {
+  const Vec<Accumulate<M>> number = broadcast(*left);
   MBN_UNROLL
   for (int v = 0; v < NV; ++v) sum[v] += number * right[v];
 }

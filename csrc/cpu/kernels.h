@@ -5,15 +5,11 @@
 
 namespace mbn {
 
+// Evaluation, and weights as it reads them: how many bytes they take, and their packing. pointwise [out][depth], depthwise [channels][taps]; scale [out] is
+// multiplied in, null: 1; pack_wide takes numbers that are not of type S.
 template <class S>
-struct Kernels {
-  void (*pointwise_forward)(const PointwiseForward<S>&);
-  void (*pointwise_backward)(const PointwiseBackward<S>&);
-  void (*depthwise_forward)(const DepthwiseForward<S>&);
-  void (*depthwise_backward)(const DepthwiseBackward<S>&);
+struct Evaluation {
   void (*evaluate)(const Evaluate<S>&);
-  // Weights as evaluate reads them: how many bytes they take, and their packing. pointwise [out][depth], depthwise [channels][taps]; scale [out] is
-  // multiplied in, null: 1; pack_wide takes numbers that are not of type S.
   int64_t (*packed_pointwise_size)(int64_t out, int64_t depth);
   int64_t (*packed_depthwise_size)(int64_t channels, int64_t taps);
   void (*pack_pointwise)(const S* weight, int64_t out, int64_t depth, const Accumulate<S>* scale, void* to);
@@ -21,10 +17,19 @@ struct Kernels {
   void (*pack_wide)(const Accumulate<S>* weight, int64_t out, int64_t depth, void* to);
   int64_t (*padded_channels)(int64_t channels);  // of a shift
   int64_t (*dense_channels)(int64_t channels);   // of a dense convolution's input, at each tap
+};
+
+template <class S>
+struct Kernels {
+  void (*pointwise_forward)(const PointwiseForward<S>&);
+  void (*pointwise_backward)(const PointwiseBackward<S>&);
+  void (*depthwise_forward)(const DepthwiseForward<S>&);
+  void (*depthwise_backward)(const DepthwiseBackward<S>&);
   void (*pool)(const Pool<S>&);
   void (*materialize)(const Materialize<S>&);
   void (*materialize_gradient)(const MaterializeGradient<S>&);
   void (*reduce_gradient)(const ReduceGradient<S>&);
+  Evaluation<S> evaluation;
 };
 
 struct AllKernels {
@@ -35,8 +40,10 @@ struct AllKernels {
 };
 
 extern const AllKernels kAvx512Kernels, kAvx2Kernels, kBaselineKernels;
+// With products of bfloat16; all else is kAvx512Kernels'.
+extern const Evaluation<bf16> kAvx512Bf16Evaluation;
 
-// The best set that this processor runs; MBN_CPU_ISA=avx512|avx2|baseline forces one, and is an error where the processor lacks it.
+// The best set that this processor runs; MBN_CPU_ISA=avx512_bf16|avx512|avx2|baseline forces one, and is an error where the processor lacks it.
 const AllKernels& kernels();
 
 template <class S>

@@ -71,11 +71,16 @@ MBN_INLINE Vec<float> load(const bf16* p) {
 MBN_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
 MBN_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
 MBN_INLINE void store(bf16* p, Vec<float> v) {  // round to nearest even; NaN stays NaN
+#if defined(MBN_BF16_PRODUCTS)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+#else
   const U32 x = (U32)v;
   const U32 rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
   const U32 quiet_nan = U32{} + 0x7fc0;
   const U16 h = __builtin_convertvector(v != v ? quiet_nan : rounded, U16);
   __builtin_memcpy(p, &h, sizeof h);
+#endif
 }
 
 // n < 2 * N numbers, in pieces of N, N/2, ...: channel counts are multiples of 8 as a rule, and then this is one move.
