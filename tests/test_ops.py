@@ -227,6 +227,15 @@ def test_compile_with_inductor(training: bool) -> None:
     same_as_eager(MODULES["v3-gate"], training, "inductor")
 
 
+@pytest.mark.filterwarnings("ignore:.*runs the reference backend")
+@MODES
+def test_compile_looks_for_a_backend(training: bool) -> None:
+    """For all but the CPU the first that can is looked for, which loads it: here for tensors without memory."""
+    torch._dynamo.reset()
+    module, x = MODULES["v3-gate"]().to("meta").train(training), torch.empty(2, 4, 6, 5, device="meta")
+    assert torch.compile(module, fullgraph=True, backend="aot_eager")(x).shape == module(x).shape
+
+
 def test_compile_with_other_sizes(backend: str) -> None:
     torch._dynamo.reset()
     module = stock.randomize(MODULES["v3-gate"]())

@@ -182,6 +182,18 @@ def test_every_combination_of_arguments_compiles(case: Case) -> None:
     assert len(names) > 3
 
 
+def test_a_residual_is_added_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler likes to begin a sum with it: in float32 each term would then be rounded to the residual's size."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    launches = [each for training in (True, False) for each in record_case(ODD[0], torch.float32, training)]
+    found = [a for a in launches if a.name == "pointwise_backward" and a.arguments["residual"] is not None]
+    assert found
+    for launch in found:
+        code = triton.compile(source(launch), target=GPUTarget("cuda", 90, 32), options=options(launch)).asm["ttir"]
+        begun, loaded = (set(re.findall(p, code)) for p in (r"tt\.dot \S+ \S+ (%\w+)", r"(%\w+) = tt\.load"))
+        assert begun and loaded and not begun & loaded
+
+
 def instruction_faults(launch: Launch, made: Compiled) -> list[str]:
     """Narrow loads and stores where a kernel waits for memory, and products without the matrix units."""
     a, faults = launch.arguments, []

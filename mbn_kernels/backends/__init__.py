@@ -106,8 +106,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend for tensors like these."""
     if _chosen is not None:
         return _chosen
-    if device.type == "cpu":
-        return "cpu"
+    return "cpu" if device.type == "cpu" else _choose_on_gpu(device, dtype)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how a backend is loaded
+def _choose_on_gpu(device: torch.device, dtype: torch.dtype) -> str:
     for name in _ON_GPU:
         found = _backend(name)
         reason = found.missing or found.supports(device, dtype)
@@ -118,8 +121,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the backend for tensors like these expects instead of them; None where it takes them. Nothing is loaded for
-    it, so that torch.compile can trace the question.
+    """What the backend for tensors like these expects instead of them; None where it takes them. torch.compile can
+    trace the question.
     """
     return _SUPPORTS[choose(device, dtype)](device, dtype)
 

@@ -185,7 +185,7 @@ def pointwise_backward(
                 total = product(dy, w, total, DTYPE, PRECISION)
         if residual is not None:
             # Else the compiler begins the sum at the residual, to whose size every term is then rounded.
-            if ONE_BLOCK and DTYPE == tl.float32 and PRECISION == "ieee":
+            if ONE_BLOCK and residual.dtype.element_ty == tl.float32 and PRECISION == "ieee":
                 total = tl.where(mask, total, 0.0)
             total += tl.load(residual + start * IN + at, mask=mask, other=0.0).to(tl.float32)
         stored = total.to(du.dtype.element_ty)
