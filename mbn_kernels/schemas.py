@@ -63,6 +63,7 @@ for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
 library.define("evaluate_size(Tensor[] params, Tensor stages) -> int")
 library.define("cpu_instruction_set() -> str")
+library.define("cpu_peak(float seconds) -> float")
 library.define("cuda_missing() -> str")
 library.define(
     "cuda_depthwise_shared(int itemsize, int kernel, int stride, int vectors, int groups, bool backward) -> int"

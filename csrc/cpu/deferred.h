@@ -7,6 +7,17 @@
 namespace mbn {
 namespace MBN_ISA {
 
+// Fetches the cache lines that a tile will be stored to while the tile is still being made: `width` numbers of each pixel.
+template <class S>
+MBN_INLINE void prefetch_tile(S* to, int64_t rows, int64_t columns, int64_t row_stride, int64_t pixel_stride, int64_t width = 1) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(to + r * row_stride + c * pixel_stride + i, 1);
+    }
+  }
+}
+
 // How many channels a vector holds, known to the compiler where it is a whole or half vector.
 template <int N>
 struct LanesTag {

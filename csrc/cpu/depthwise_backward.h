@@ -89,6 +89,7 @@ struct GradientTile {
   const T* data;
   int64_t row_stride, rows, columns;
   int64_t image, row, column;
+  bool streamed;
 };
 
 // Adds the residual, stores, and adds the tile's sums to `into` [Q][lane].
@@ -109,7 +110,7 @@ static void store_input_gradient(const DepthwiseBackward<S>& p, const GradientTi
     for (int64_t i = 0; i < t.columns; ++i) {
       Vec<T> dv = load(from + i * L);
       if (residual) dv += load(residual + i * stride, count);
-      if (du) store(du + i * stride, dv, count);
+      if (du) store_or_stream(du + i * stride, dv, count, t.streamed);
       if constexpr (Q > 0) accumulate<A>(sum, lanes, rounded_to<S>(dv), load(y + i * stride, count));
     }
   }
@@ -193,6 +194,7 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
   });
   const StoreInputGradient<S> store_du = store_input_gradient_for(p);
 
+  const bool streamed = p.du != nullptr && streams(p.du, p.channels, p.images * p.height * p.width * p.channels);
   Scratch scratch;
   const int64_t sum_tiles = plan.strips * plan.bands;  // per image
   const int64_t weight_tiles = plan.groups * plan.strips * plan.bands;
@@ -263,10 +265,10 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
             const int64_t place = strip.columns.begin - strip.before + step * kernels.width;
             const Range columns = {larger(place, strip.columns.begin), smaller(place + count * kernels.width, strip.columns.end)};
             const GradientTile<T> made = {tile + (columns.begin - place) * L, count * kernels.width * L, length(rows), length(columns),
-                                          n, rows.begin, columns.begin};
+                                          n, rows.begin, columns.begin, streamed};
             for (int64_t v = 0; v < length(task.vectors); ++v) {
               const int64_t at = ((n * p.height + rows.begin) * p.width + columns.begin) * p.channels + (task.vectors.begin + v) * L;
-              if (p.du) prefetch_tile(p.du + at, length(rows), length(columns), p.width * p.channels, p.channels);
+              if (p.du && !streamed) prefetch_tile(p.du + at, length(rows), length(columns), p.width * p.channels, p.channels);
               kernel(work, gradients.data + v * gradients.vector_stride + reads * L, weights + v * taps * L, step, tile);
               const int64_t vector = task.vectors.begin + v;
               store_du(p, made, vector * L, lane_count(plan, vector), sums + v * quantities * L);
@@ -292,6 +294,7 @@ void depthwise_backward(const DepthwiseBackward<S>& p) {
         }
       }
     }
+    if (streamed) end_streams();
   });
   if (quantities == 2) merge_sums<T>(1, p.images * sum_tiles, 2, p.channels, sum_partials, p.sums.out);
   if (quantities == 5) merge_sums<T>(p.images, sum_tiles, 5, p.channels, sum_partials, p.sums.out);

@@ -10,12 +10,12 @@ namespace MBN_ISA {
 // Stores a tile [row][column][lane] to y and adds what was stored to the moments; the first tile of a chunk chooses what they are about.
 template <class S, class Count>
 static void store_output(const Accumulate<S>* tile, S* y, int64_t rows, int64_t columns, int64_t row_stride, int64_t pixel_stride,
-                         Count count, Moments<Accumulate<S>>* moments, bool first) {
+                         Count count, Moments<Accumulate<S>>* moments, bool first, bool streamed) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
   if (moments == nullptr) {
     for (int64_t r = 0; r < rows; ++r, y += row_stride) {
-      for (int64_t c = 0; c < columns; ++c, tile += L) store(y + c * pixel_stride, load(tile), count);
+      for (int64_t c = 0; c < columns; ++c, tile += L) store_or_stream(y + c * pixel_stride, load(tile), count, streamed);
     }
     return;
   }
@@ -31,8 +31,8 @@ static void store_output(const Accumulate<S>* tile, S* y, int64_t rows, int64_t 
     int64_t c = 0;
     for (; c + 2 <= columns; c += 2, tile += 2 * L) {
       const Vec<T> v0 = load(tile), v1 = load(tile + L);
-      store(y + c * pixel_stride, v0, count);
-      store(y + (c + 1) * pixel_stride, v1, count);
+      store_or_stream(y + c * pixel_stride, v0, count, streamed);
+      store_or_stream(y + (c + 1) * pixel_stride, v1, count, streamed);
       const Vec<T> d0 = rounded_to<S>(v0) - m.about, d1 = rounded_to<S>(v1) - m.about;
       m.sum += d0;
       sum += d1;
@@ -41,7 +41,7 @@ static void store_output(const Accumulate<S>* tile, S* y, int64_t rows, int64_t 
     }
     if (c < columns) {
       const Vec<T> v = load(tile), d = rounded_to<S>(v) - m.about;
-      store(y + c * pixel_stride, v, count);
+      store_or_stream(y + c * pixel_stride, v, count, streamed);
       m.sum += d;
       m.square += d * d;
       tile += L;
@@ -65,6 +65,7 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
 
   Scratch scratch;
   const int64_t tiles_per_image = plan.strips * plan.chunks, tiles = p.images * tiles_per_image;
+  const bool streamed = streams(p.y, p.channels, p.images * p.out_height * p.out_width * p.channels);
   double* partials = p.mean ? take<double>(scratch, tiles * 2 * p.channels) : nullptr;
 
   for_tasks(plan, [&](int64_t first, int64_t last) {
@@ -108,11 +109,11 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
             const int64_t at = ((n * p.out_height + rows.begin) * p.out_width + columns.begin + column) * p.channels;
             for (int64_t v = 0; v < length(task.vectors); ++v) {
               S* y = p.y + at + (task.vectors.begin + v) * L;
-              prefetch_tile(y, length(rows), count, p.out_width * p.channels, p.channels);
+              if (!streamed) prefetch_tile(y, length(rows), count, p.out_width * p.channels, p.channels);
               kernel(work, ring.data + v * ring.vector_stride, weights + v * taps * L, column, tile);
               with_lanes<T>(lane_count(plan, task.vectors.begin + v), [&](auto lanes) {
                 store_output<S>(tile, y, length(rows), count, p.out_width * p.channels, p.channels, lanes,
-                                partials ? moments + v : nullptr, column == 0);
+                                partials ? moments + v : nullptr, column == 0, streamed);
               });
             }
           });
@@ -125,6 +126,7 @@ void depthwise_forward(const DepthwiseForward<S>& p) {
         }
       }
     }
+    if (streamed) end_streams();
   });
   if (p.mean == nullptr) return;
   merge_moments<T>(

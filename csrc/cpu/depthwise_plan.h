@@ -154,7 +154,7 @@ MBN_INLINE int lane_count(const Plan& p, int64_t vector) { return int(smaller(p.
 // Memory is walked in runs of this many pixels, all vectors of a block for each run: whole pixels one after another is what hardware
 // prefetches well, and per-channel numbers are still loaded once per run.
 constexpr int64_t kRunPixels = 8;
-constexpr int64_t kAheadPixels = 16;  // what is prefetched: hardware loses a stream that leaps over the other blocks' channels
+constexpr int64_t kAheadPixels = 64;  // fetched to the second level: hardware loses a stream that leaps over the other blocks' channels
 
 // Brings rows [rows.begin, rows.end) of image n into the ring: fill(vector, source pixel, pixels, destination) writes a run of one row.
 template <class T, class Fill>
@@ -190,7 +190,7 @@ static void load_value_rows(Ring<Accumulate<S>>& ring, Range rows, Range vectors
         const S* from = u.y + pixel * p.channels + v * L;
         const int64_t stride = p.channels;
         for (int64_t i = 0; i < pixels; ++i, from += stride) {
-          __builtin_prefetch(from + kAheadPixels * stride);
+          __builtin_prefetch(from + kAheadPixels * stride, 0, 2);
           store(to + i * L, value_of<decltype(act)::act>(lanes, load(from, count)));
         }
       });
@@ -209,22 +209,14 @@ static void load_gradient_rows(Ring<Accumulate<S>>& ring, Range rows, Range vect
         const int64_t stride = p.channels, at = pixel * stride + v * L;
         const S *from = g.dv + at, *raw = g.of.y ? g.of.y + at : nullptr;
         for (int64_t i = 0; i < pixels; ++i) {
-          __builtin_prefetch(from + (i + kAheadPixels) * stride);
-          if (raw) __builtin_prefetch(raw + (i + kAheadPixels) * stride);
+          __builtin_prefetch(from + (i + kAheadPixels) * stride, 0, 2);
+          if (raw) __builtin_prefetch(raw + (i + kAheadPixels) * stride, 0, 2);
           const Vec<T> dv = load(from + i * stride, count), y = raw ? load(raw + i * stride, count) : Vec<T>{};
           store(to + i * L, gradient_of<decltype(act)::act>(lanes, dv, y));
         }
       });
     });
   });
-}
-
-// Fetches the cache lines that a tile will be stored to while the tile is still being made.
-template <class S>
-MBN_INLINE void prefetch_tile(S* to, int64_t rows, int64_t columns, int64_t row_stride, int64_t pixel_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) __builtin_prefetch(to + r * row_stride + c * pixel_stride, 1);
-  }
 }
 
 // Weights [C, kernel_h, kernel_w] of a block as [vector][kernel_h][kernel_w][lane], mirrored in kernel_w on demand.

@@ -197,7 +197,10 @@ static void bring_rows(const Depthwise<S>& d, const Source<S>& from, int64_t vec
       const M* x = from.map.data + panel * from.map.panel + row * width * P + within;
       T* to = ring.data + place_of(row, 0);
       for (int64_t c = 0; c < width; ++c) {
-        for (int v = 0; v < vectors; ++v) store(to + c * L + v * d.vector_size(), load(x + c * P + v * L));
+        for (int v = 0; v < vectors; ++v) {
+          __builtin_prefetch(x + (width + c) * P + v * L, 0, 2);  // the next row's
+          store(to + c * L + v * d.vector_size(), load(x + c * P + v * L));
+        }
       }
     }
     return;

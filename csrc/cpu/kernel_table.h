@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "evaluate.h"
 #include "kernels.h"
+#include "peak.h"
 #include "pointwise.h"
 
 #define MBN_EVALUATION_OF(S)                                                                                                         \

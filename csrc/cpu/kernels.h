@@ -37,6 +37,7 @@ struct AllKernels {
   Kernels<float> f32;
   Kernels<double> f64;
   Kernels<bf16> b16;
+  int64_t (*peak)(int64_t rounds);
 };
 
 extern const AllKernels kAvx512Kernels, kAvx2Kernels, kBaselineKernels;

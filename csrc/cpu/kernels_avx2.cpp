@@ -15,7 +15,7 @@
 #include "kernel_table.h"
 
 namespace mbn {
-const AllKernels kAvx2Kernels = {"avx2", MBN_TABLE_OF(float), MBN_TABLE_OF(double), MBN_TABLE_OF(bf16)};
+const AllKernels kAvx2Kernels = {"avx2", MBN_TABLE_OF(float), MBN_TABLE_OF(double), MBN_TABLE_OF(bf16), MBN_ISA::peak};
 }  // namespace mbn
 
 #if defined(__clang__)

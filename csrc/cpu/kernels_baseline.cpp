@@ -4,5 +4,5 @@
 #include "kernel_table.h"
 
 namespace mbn {
-const AllKernels kBaselineKernels = {"baseline", MBN_TABLE_OF(float), MBN_TABLE_OF(double), MBN_TABLE_OF(bf16)};
+const AllKernels kBaselineKernels = {"baseline", MBN_TABLE_OF(float), MBN_TABLE_OF(double), MBN_TABLE_OF(bf16), MBN_ISA::peak};
 }  // namespace mbn

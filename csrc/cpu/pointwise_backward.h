@@ -21,6 +21,7 @@ struct InputTile {
 template <class S, int R, int NV>
 static __attribute__((noinline)) void input_tile(const InputTile<S>& t) {
   using T = Accumulate<S>;
+  prefetch_tile(t.du, 1, R, 0, t.channels, NV * kLanes<T>);
   Tile<T, R, NV> acc = product<T, R, NV, NV * kLanes<T>>(t.left, t.stride, t.right, t.depth);
   if (t.residual) {
     MBN_UNROLL

@@ -50,18 +50,20 @@ struct ForwardTile {
   int last;  // real channels of the last vector
   PanelMoments<T>* moments;  // null: not wanted
   bool first;                // of its block and panel
+  bool streamed;
 };
 
 template <class S, int R, int NV>
 static __attribute__((noinline)) void forward_tile(const ForwardTile<S>& t) {
   using T = Accumulate<S>;
+  if (!t.streamed) prefetch_tile(t.y, 1, R, 0, t.channels, NV * kLanes<T>);
   const Tile<T, R, NV> acc = product<T, R, NV, NV * kLanes<T>>(t.left, t.stride, t.right, t.depth);
   MBN_UNROLL
   for (int r = 0; r < R; ++r) {
     S* y = t.y + r * t.channels;
     MBN_UNROLL
-    for (int v = 0; v + 1 < NV; ++v) store(y + v * kLanes<T>, acc.at[r][v]);
-    store(y + (NV - 1) * kLanes<T>, acc.at[r][NV - 1], t.last);
+    for (int v = 0; v + 1 < NV; ++v) store_or_stream(y + v * kLanes<T>, acc.at[r][v], LanesTag<kLanes<T>>{}, t.streamed);
+    store_or_stream(y + (NV - 1) * kLanes<T>, acc.at[r][NV - 1], t.last, t.streamed);
   }
   if (t.moments) add_moments<S, R, NV>(*t.moments, acc, t.first);
 }
@@ -74,6 +76,7 @@ static void pointwise_forward(const PointwiseForward<S>& p) {
   const WideColumns<T> columns = wide_columns<T>(out);
   Scratch scratch;
   const T* weight = pack_weight<true, S>(scratch, p.weight, out, in, columns);
+  const bool streamed = streams(p.y, out, p.images * p.pixels * out);
   double* moments = p.mean ? take<double>(scratch, blocks.count * 2 * out) : nullptr;
 
   parallel_tasks(blocks.count, [&](int64_t first, int64_t last) {
@@ -91,7 +94,7 @@ static void pointwise_forward(const PointwiseForward<S>& p) {
         const int64_t c = columns.begin(j);
         for_tiles(rows, tile_rows(vectors), [&](int64_t row, int height) {
           const ForwardTile<S> tile = {value.data + row * kPanel<T>, weight + c * in, value.stride, in, out,
-                                       p.y + (begin + row) * out + c, real, moments ? &panel : nullptr, row == 0};
+                                       p.y + (begin + row) * out + c, real, moments ? &panel : nullptr, row == 0, streamed};
           prefetch_step(ahead);
           with_wide_tile(height, vectors, [&](auto t) { forward_tile<S, t.rows, t.vectors>(tile); });
         });
@@ -102,6 +105,7 @@ static void pointwise_forward(const PointwiseForward<S>& p) {
         }
       }
     }
+    if (streamed) end_streams();
   });
   if (moments) {
     merge_moments(blocks.count, out, moments, [&](int64_t b) { return blocks.begin(b + 1) - blocks.begin(b); }, p.mean, p.var);

@@ -140,6 +140,41 @@ MBN_INLINE Vec<Accumulate<S>> load_within(const S* p, int n, const S* end) {
   return end - p >= kLanes<Accumulate<S>> ? load(p) : load(p, n);
 }
 
+// Stores past the caches, a whole cache line at a time: a map that the caches cannot hold need not be read before it is overwritten.
+#if defined(__x86_64__) && MBN_VECTOR_BYTES == 64
+template <class S>
+constexpr bool kStreams = sizeof(S) == sizeof(Accumulate<S>);
+template <class T>
+MBN_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Vec<T>*>(p));
+#else
+  if constexpr (sizeof(T) == sizeof(float)) __builtin_ia32_movntps512(reinterpret_cast<float*>(p), (Vec<float>)v);
+  if constexpr (sizeof(T) == sizeof(double)) __builtin_ia32_movntpd512(reinterpret_cast<double*>(p), (Vec<double>)v);
+#endif
+}
+MBN_INLINE void end_streams() { __builtin_ia32_sfence(); }  // before other threads may read what was stored
+#else
+template <class S>
+constexpr bool kStreams = false;
+MBN_INLINE void end_streams() {}
+#endif
+
+// Whether to stream a map of `size` numbers whose pixels are `channels` wide. Caches of several megabytes a core are usual; what is larger is gone from
+// them before it is read.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+template <class S>
+MBN_INLINE bool streams(const S* map, int64_t channels, int64_t size) {
+  return kStreams<S> && size * int64_t(sizeof(S)) >= kStreamBytes && channels % kLanes<Accumulate<S>> == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0;
+}
+template <class S, class Count>
+MBN_INLINE void store_or_stream(S* p, Vec<Accumulate<S>> v, Count count, bool streamed) {
+  if constexpr (kStreams<S>) {
+    if (streamed) return stream(p, v);
+  }
+  store(p, v, count);
+}
+
 // What a number becomes when it is stored as S and read again: statistics are those of the stored tensor.
 template <class S>
 MBN_INLINE Vec<Accumulate<S>> rounded_to(Vec<Accumulate<S>> v) {
