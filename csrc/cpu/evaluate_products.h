@@ -4,6 +4,7 @@
 // instruction two channels are multiplied at a time, so a packed weight holds pairs of rows, channel by channel.
 #pragma once
 
+#include "deferred.h"
 #include "evaluate_ahead.h"
 #include "gemm.h"
 
@@ -349,8 +350,10 @@ static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> 
     if (layer.ahead) reading(*layer.ahead, weight);
     for_tiles(end - begin, [&](int64_t row, int rows) {
       const int64_t place = (begin + row) * kColumns<M> + within * L;
+      To* into = to.data + panel * to.panel + place;
+      prefetch_tile(into, 1, rows, 0, kColumns<M>, vectors * L);
       finished_product<M, To>({from.data + (begin + row) * kColumns<M>, from.panel, weight, steps_of<M>(layer.depth), layer.shift + vector * L,
-                               layer.finish, to.data + panel * to.panel + place, L, kEvenRows<kColumns<M>>.at,
+                               layer.finish, into, L, kEvenRows<kColumns<M>>.at,
                                residual.data ? residual.data + panel * residual.panel + place : nullptr, layer.ahead},
                               rows, vectors);
     });
