@@ -19,6 +19,7 @@ static int64_t peak(int64_t rounds) {
       keep_in_register(sums[j]);  // chains that are alike would be computed once
     }
   }
+  MBN_UNROLL
   for (int j = 1; j < kChains; ++j) sums[0] += sums[j];
   volatile float used = sums[0][0];
   (void)used;
