@@ -234,7 +234,8 @@ def left_out(names: Iterable[str], dtypes: Iterable[str]) -> dict[str, str]:
 
 def takes_part(names: Iterable[str], dtype: str, out: dict[str, str]) -> list[str]:
     """Those that :func:`left_out` leaves for a dtype, ours last."""
-    return [name for name in CONTESTANTS if name in (*names, FUSED, OURS) and not {name, f"{name}, {dtype}"} & out.keys()]
+    wanted = (*names, FUSED, OURS)
+    return [name for name in CONTESTANTS if name in wanted and not {name, f"{name}, {dtype}"} & out.keys()]
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

@@ -47,7 +47,7 @@ def load() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline" (``MBN_CPU_ISA`` forces one)."""
+    """The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline" (``MBN_CPU_ISA`` forces one)."""
     return _ops.cpu_instruction_set()
 
 
@@ -79,8 +79,8 @@ def _gradient(g: Gradient) -> tuple:
 
 @lru_cache(maxsize=4096)
 def _evaluates(chain: Chain, residual: bool) -> bool:
-    """Whether the chain is [pointwise], depthwise (+ squeeze-excite), [pointwise] or one of them, or an end of a network
-    alone, none of it normalised by its batch, and a residual goes around a pointwise stage.
+    """Whether the chain is [pointwise], depthwise (+ squeeze-excite), [pointwise] or one of them, or an end of a
+    network alone, none of it normalised by its batch, and a residual goes around a pointwise stage.
     """
     stages, kinds = chain.stages, [stage.conv for stage in chain.stages]
     shapes = (["pointwise", "depthwise", "pointwise"], ["depthwise", "pointwise"], ["depthwise"], ["pointwise"])

@@ -1,5 +1,5 @@
-"""What stands before and behind a network's blocks, for evaluation in one call with them: a dense stem; the pool and the
-linear layers.
+"""What stands before and behind a network's blocks, for evaluation in one call with them: a dense stem; the pool and
+the linear layers.
 
 They are stock modules, and run as such wherever a gradient is wanted.
 """

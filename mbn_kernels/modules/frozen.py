@@ -1,4 +1,4 @@
-"""``freeze(model)``: a model's evaluation with its parameters as they are now, in one call that looks at nothing else."""
+"""``freeze(model)``: a model's evaluation with its parameters as they are now, in one call that looks at no module."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class FrozenEvaluation(nn.Module):
 
 
 def freeze(model: nn.Module, example: Tensor) -> FrozenEvaluation:
-    """The model's evaluation as a function of x alone: its parameters are packed and folded once, and what later becomes
-    of the model is not seen. For serving, where a small network's batch of one takes about as long as looking through
-    all its modules for changes.
+    """The model's evaluation as a function of x alone: its parameters are packed and folded once, and what later
+    becomes of the model is not seen. For serving: a small network's batch of one takes not much longer than looking
+    through all its modules for changes.
 
     Args:
         model: a network of :mod:`mbn_kernels.models`, a :class:`~mbn_kernels.FusedSequential`, or a Sequential that
@@ -47,7 +47,8 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenEvaluation:
     """
     check_tensor("freeze", "example", example)
     if not isinstance(model, KeepsEvaluation):
-        fail("freeze", "model", "a network of mbn_kernels.models, or a fused Sequential", type(model).__name__, TypeError)
+        expected = "a network of mbn_kernels.models, or a fused Sequential"
+        fail("freeze", "model", expected, type(model).__name__, TypeError)
     if model.training:
         fail("freeze", "model", "a module in evaluation mode", "one in training mode")
     with torch.no_grad():

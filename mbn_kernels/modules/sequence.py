@@ -26,10 +26,13 @@ class _Kept(NamedTuple):
     run: Callable[[Tensor], Tensor]
     flat: bool
 
+    def holds(self, parts: list[nn.Module]) -> bool:
+        return self.parts == parts and self.watch.holds()
+
 
 class KeepsEvaluation:
-    """Of a module that runs its parts in turn: the last evaluation that took one call, as long as the parts are what they
-    were. The class's ``__getstate__`` must leave it out.
+    """Of a module that runs its parts in turn: the last evaluation that took one call, as long as the parts are what
+    they were. The class's ``__getstate__`` must leave it out.
     """
 
     _kept: _Kept | None = None
@@ -51,14 +54,14 @@ class FusedSequential(KeepsEvaluation, nn.Sequential):
 
 
 def run_in_turn(owner: nn.Module, parts: list[nn.Module], x: Tensor, head: Head | None = None) -> Tensor:
-    """The parts of ``owner`` one behind the other, as :class:`FusedSequential` does, and the head; a stem in front of the
-    others and the head are in the same call.
+    """The parts of ``owner`` one behind the other, as :class:`FusedSequential` does, and the head; a stem in front of
+    the others and the head are in the same call.
     """
     if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
         return _one_by_one(parts, x, head)
     backend = backends.choose(x.device, x.dtype)
     kept = owner._kept if isinstance(owner, KeepsEvaluation) else None
-    if kept and kept.children is owner._modules and kept.backend == backend and kept.parts == parts and kept.watch.holds():
+    if kept and kept.children is owner._modules and kept.backend == backend and kept.holds(parts):
         try:
             out = kept.run(x)
             return out.flatten(1) if kept.flat else out
