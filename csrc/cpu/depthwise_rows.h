@@ -136,36 +136,6 @@ MBN_INLINE void for_tiles(const TileKernels<T>& kernels, int64_t columns, const 
   }
 }
 
-// One row of outputs of any window, for callers whose chunks are single rows.
-template <class T>
-struct RowWork {
-  const T* rows;
-  const T* weights;
-  const Tap* taps;
-  int64_t count;
-  int64_t kernel, stride, dilation;  // across columns; only the general form (KW = 0) reads them
-};
-template <class T, int KW, int SX>
-static void convolve_row(const RowWork<T>& work, T* out, int64_t columns) {
-  constexpr int L = kLanes<T>;
-  if constexpr (KW > 0) {
-    const TileRows tile_rows = {work.taps, &work.count, 1, work.count, nullptr, KW};
-    for_tiles(convolve_kernels<T, KW, SX>(), columns, [&](TileKernel<T> kernel, int64_t column, int64_t) {
-      kernel(tile_rows, work.rows, work.weights, column, out + column * L);
-    });
-  } else {
-    for (int64_t column = 0; column < columns; ++column) {
-      Vec<T> sum = {};
-      for (int64_t t = 0; t < work.count; ++t) {
-        const T* x = work.rows + work.taps[t].row + column * work.stride * L;
-        const T* w = work.weights + work.taps[t].weight;
-        for (int64_t k = 0; k < work.kernel; ++k) sum += load(x + k * work.dilation * L) * load(w + k * L);
-      }
-      store(out + column * L, sum);
-    }
-  }
-}
-
 // What the weight's gradient reads: for each row of the gradient its scratch row, and the value row under each row of the window.
 template <class T>
 struct WeightWork {

@@ -176,11 +176,6 @@ static void run_steps(const Network<S>& net, const Member& member, const Room<S>
   const int64_t images = end - begin;
   const Evaluate<S>& p = net.p;
   const Image<S> image = {p.x + begin * p.x_strides[0], p.x_strides[1], p.x_strides[2], p.x_strides[3]};
-  Scratch scratch;
-  WeightsAhead ahead = make_ahead(scratch, 4 * (last - first));
-  for (int64_t i = first; i < last; ++i) {
-    if (p.step[i].kind == StepKind::block) add_block(p.step[i], images, member, ahead);
-  }
   int side = 0;
   if (first == 0 && !p.step[0].dense.weight) {
     const int64_t pixels = net.pixels(0), channels = p.step[0].in_channels;
@@ -197,7 +192,7 @@ static void run_steps(const Network<S>& net, const Member& member, const Room<S>
     if (step.kind == StepKind::pool) {
       pool_panels(step, images, share_of(member, ceil_div(step.in_channels, kLanes<Accumulate<S>>)), from, out);
     } else {
-      run_block(step, images, member, from, image, p.x_strides[0], out, room.space, &ahead);
+      run_block(step, images, member, from, image, p.x_strides[0], out, room.space);
     }
     if (i + 1 < last) meet(member);
     from = {out.data, out.panel}, side = 1 - side;

@@ -18,15 +18,13 @@ struct Block {
   int64_t images, pixels, out_pixels, panels, parts;  // parts: of an image's rows; squeeze-excite's mean is summed up part by part
   Layer<S> project;
   bool spatial, projects, gated;
-  WeightsAhead* ahead;
 };
 
 template <class S>
-MBN_INLINE Block<S> block_of(const Step<S>& p, int64_t images, WeightsAhead* ahead = nullptr) {
+MBN_INLINE Block<S> block_of(const Step<S>& p, int64_t images) {
   Block<S> b = {p, images, p.height * p.width, p.out_height * p.out_width, panels_of<Map<S>>(p.channels), 1,
                 layer_of<S>(p.project, p.channels, p.out_channels)};
   b.spatial = p.depthwise.weight != nullptr, b.projects = p.project.weight != nullptr, b.gated = p.squeeze > 0;
-  b.ahead = b.project.ahead = ahead;
   // Eight shares of the work at least, of seven rows at least.
   if (b.spatial) b.parts = larger<int64_t>(1, smaller(ceil_div(8, b.panels), p.out_height / 7));
   return b;
@@ -81,8 +79,7 @@ static void gates_of(const Block<S>& b, const Member& member, const Workspace<S>
       store(pooled.data + c / P * pooled.panel + n * P + c % P, sum * (T(1) / T(b.out_pixels)));
     }
   }
-  Layer<S> reduce = layer_of<S>(p.reduce, p.channels, p.squeeze), restore = layer_of<S>(p.restore, p.squeeze, p.channels);
-  reduce.ahead = restore.ahead = b.ahead;
+  const Layer<S> reduce = layer_of<S>(p.reduce, p.channels, p.squeeze), restore = layer_of<S>(p.restore, p.squeeze, p.channels);
   const Range narrow = share_of(member, ceil_div(p.squeeze, L)), wide = share_of(member, vectors);
   layer_rows<S, M>(reduce, {pooled.data, pooled.panel}, hidden, {}, 0, b.images, narrow.begin, narrow.end);
   meet(member);
@@ -137,7 +134,7 @@ static void band_rows(const Block<S>& b, Source<S> from, Rows<Map<S>> out, int64
   using M = Map<S>;
   constexpr int64_t P = kPanel<T>, kBandBytes = 192 << 10;
   if (begin >= end) return;
-  const Depthwise<S> d = depthwise_of(b.p, b.ahead);
+  const Depthwise<S> d = depthwise_of(b.p);
   const int64_t width = b.p.out_width, row_bytes = b.panels * P * width * int64_t(sizeof(M));
   const int64_t rows = smaller(end - begin, larger<int64_t>(1, kBandBytes / (row_bytes * d.chunk)) * d.chunk);
   Scratch scratch;
@@ -190,7 +187,7 @@ static void convolve_share(const Block<S>& b, const Member& member, const Source
                            const Workspace<S>& space) {
   using T = Accumulate<S>;
   constexpr int64_t P = kPanel<T>;
-  const Depthwise<S> d = depthwise_of(b.p, b.ahead);
+  const Depthwise<S> d = depthwise_of(b.p);
   Scratch scratch;
   UnitRing<S> ring = take_ring(d, scratch);
   // A unit takes as many slots as it has vectors: slots are an even share of the work.
@@ -275,33 +272,12 @@ static void dense_share(const Step<S>& p, int64_t images, const Member& member, 
   }
 }
 
-// The weights that a member reads in a block, in order.
-template <class S>
-static void add_block(const Step<S>& p, int64_t images, const Member& member, WeightsAhead& ahead) {
-  constexpr int64_t L = kLanes<Accumulate<S>>;
-  const Block<S> b = block_of(p, images);
-  const Member alone;
-  const auto add = [&](const Layer<S>& layer, const Member& sharing) {
-    if (layer.weight == nullptr) return;
-    const Range vectors = share_of(sharing, ceil_div(layer.columns, L));
-    const int64_t panel = weight_panel_size<Map<S>>(layer.depth), first = vectors.begin / kPanelVectors, last = ceil_div(vectors.end, kPanelVectors);
-    add_weights(ahead, layer.weight + first * panel, (last - first) * panel * int64_t(sizeof(Map<S>)));
-  };
-  const bool rows = shares_rows(b, member);
-  add(layer_of<S>(p.expand, p.in_channels, p.channels), rows ? alone : member);
-  if (b.gated) {
-    add(layer_of<S>(p.reduce, p.channels, p.squeeze), member);
-    add(layer_of<S>(p.restore, p.squeeze, p.channels), member);
-  }
-  add(b.project, !rows && shares_columns(b, member) ? member : alone);
-}
-
 // Members meet before they read what others wrote; not at the end. image: what a dense convolution reads, images image_step apart.
 template <class S>
 static void run_block(const Step<S>& p, int64_t images, const Member& member, Rows<const Map<S>> x, const Image<S>& image, int64_t image_step,
-                      Rows<Map<S>> out, const Workspace<S>& space, WeightsAhead* ahead) {
+                      Rows<Map<S>> out, const Workspace<S>& space) {
   using M = Map<S>;
-  const Block<S> b = block_of(p, images, ahead);
+  const Block<S> b = block_of(p, images);
   const Source<S> from = {x, image, nullptr, 0};
   if (!b.spatial && p.dense.weight) return dense_share(p, images, member, image, image_step, out);
   if (!b.spatial) return project_share(b, member, {const_cast<M*>(x.data), x.panel}, x, out, space);

@@ -108,12 +108,11 @@ struct Depthwise {
 };
 
 template <class S>
-MBN_INLINE Depthwise<S> depthwise_of(const Step<S>& p, WeightsAhead* ahead) {
+MBN_INLINE Depthwise<S> depthwise_of(const Step<S>& p) {
   using T = Accumulate<S>;
   const Window& w = p.window;
   Depthwise<S> d = {p, layer_of<S>(p.expand, p.in_channels, p.channels), static_cast<const T*>(p.depthwise.weight), p.depthwise.shift,
                     finish_of<T>(p.depthwise.act), row_kernels_of<T, Map<S>>(w, p.depthwise.act)};
-  d.expand.ahead = ahead;
   // Rows enough for tiles of full height; two vectors where their ring stays in the first-level cache.
   constexpr int64_t kChunkPixels = 28, kRingBytes = 26 << 10;
   d.span = (w.kernel_h - 1) * w.dilation_h + 1;
@@ -214,9 +213,7 @@ static void bring_rows(const Depthwise<S>& d, const Source<S>& from, int64_t vec
                             ring.data,
                             d.vector_size(),
                             nullptr,
-                            nullptr,
-                            d.expand.ahead};
-  if (d.expand.ahead) reading(*d.expand.ahead, tile.right);
+                            nullptr};
   int64_t row = begin, column = 0;
   for_tiles((end - begin) * width, [&](int64_t pixel, int rows) {
     tile.left = from.map.data + (begin * width + pixel) * P;

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "deferred.h"
-#include "evaluate_ahead.h"
 #include "gemm.h"
 
 #if defined(MBN_BF16_PRODUCTS)
@@ -123,7 +122,6 @@ struct ProductTile {
   int64_t vector_step;          // from a row's vector to its next in `to`
   const int32_t* places;        // of each row, counted from `to`
   const To* residual;           // added at the end, at the same places; null: none
-  WeightsAhead* ahead = nullptr;
   const T* before = nullptr;    // added before the activation, rows of kColumns; null: none
 };
 
@@ -170,15 +168,10 @@ static void product_tile(const ProductTile<M, To>& t) {
     MBN_UNROLL
     for (int r = 0; r < R; ++r) acc.at[r][v] = start;
   }
-  // A line for each 24 multiplications: weights are read at half that rate.
-  const AheadLines ahead = next_lines(t.ahead, t.steps * R * NV / 24);
-  const int64_t share = ceil_div(ahead.count, ceil_div(t.steps, kPanelSteps));
-  int64_t asked = 0;
   const M *left = t.left, *right = t.right;
   for (int64_t rest = t.steps; rest > 0; rest -= kPanelSteps) {
     const int64_t steps = smaller(rest, kPanelSteps);
     multiply_panel(acc, left, right, steps);
-    for (const int64_t until = smaller(asked + share, ahead.count); asked < until; ++asked) __builtin_prefetch(ahead.at + asked * 64, 0, 2);
     left += t.left_panel;
     right += steps * kPair<M> * kColumns<M>;
   }
@@ -248,7 +241,7 @@ static __attribute__((noinline)) void product_in_parts(ProductTile<M, To> t, int
   static constexpr T kZeros[kColumns<M>] = {};
   T sums[kTileRows * kColumns<M>];
   ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, t.start, finish_of<T>(Act::identity), sums,
-                              kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr, t.ahead};
+                              kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr};
   t.start = kZeros, t.before = sums;
   for (; t.steps > kPartSteps; t.steps -= kPartSteps) {
     product_of_rows(part, rows, vectors);
@@ -328,8 +321,6 @@ struct Layer {
   const Accumulate<S>* shift;
   Finish<Accumulate<S>> finish;
   int64_t depth, columns;
-  WeightsAhead* ahead = nullptr;
-  int64_t bytes() const { return weight ? weight_size<Map<S>>(columns, depth) * int64_t(sizeof(Map<S>)) : 0; }
 };
 template <class S>
 MBN_INLINE Layer<S> layer_of(const FoldedStage<S>& stage, int64_t depth, int64_t columns) {
@@ -347,14 +338,13 @@ static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> 
     const int64_t panel = vector / kPanelVectors, within = vector % kPanelVectors;
     const int vectors = int(smaller<int64_t>(last - vector, kPanelVectors - within));
     const M* weight = layer.weight + panel * weight_panel_size<M>(layer.depth) + within * L * kPair<M>;
-    if (layer.ahead) reading(*layer.ahead, weight);
     for_tiles(end - begin, [&](int64_t row, int rows) {
       const int64_t place = (begin + row) * kColumns<M> + within * L;
       To* into = to.data + panel * to.panel + place;
       prefetch_tile(into, 1, rows, 0, kColumns<M>, vectors * L);
       finished_product<M, To>({from.data + (begin + row) * kColumns<M>, from.panel, weight, steps_of<M>(layer.depth), layer.shift + vector * L,
                                layer.finish, into, L, kEvenRows<kColumns<M>>.at,
-                               residual.data ? residual.data + panel * residual.panel + place : nullptr, layer.ahead},
+                               residual.data ? residual.data + panel * residual.panel + place : nullptr},
                               rows, vectors);
     });
     vector += vectors;

@@ -341,12 +341,7 @@ struct PackedPanel {
   int64_t begin, step;
   int vectors;
 };
-// Panels of kPanel columns, and WideColumns, one by one.
-template <class T>
-struct PanelsOf {
-  int64_t columns;
-  PackedPanel operator()(int64_t j) const { return {j * kPanel<T>, kPanel<T>, panel_vectors<T>(columns, j * kPanel<T>)}; }
-};
+// WideColumns, one by one.
 template <class T>
 struct WidePanelsOf {
   const WideColumns<T>& columns;
