@@ -226,5 +226,5 @@ def test_doctor_json():
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["backends"] == mbn_kernels.available_backends()
     assert facts["backends"]["reference"] == facts["backends"]["cpu"] == "available"
-    assert facts["cpu"]["instruction_set"] in {"avx512", "avx2", "baseline"}
+    assert facts["cpu"]["instruction_set"] in {"avx512_bf16", "avx512", "avx2", "baseline"}
     assert facts["cpu"]["threads"] >= 1
