@@ -102,6 +102,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.flo
                 block(x).sum().backward()
         with torch.no_grad():
             block(x)
+            mbn_kernels.freeze(mbn_kernels.FusedSequential(block).eval(), x)(x)
         FusedSqueezeExcite(8).to(dtype)(torch.randn(2, 8, 5, 6, dtype=dtype, requires_grad=True)).sum().backward()
     monkeypatch.undo()
     for name, args in recorder.calls:
