@@ -58,9 +58,7 @@ def networks(name: str, dtype: torch.dtype, width: float = 0.35, in_channels: in
 
 
 def hold_module(out: Tensor, plain: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> None:
-    """Holds an output to the tolerance of ``plain``, in its dtype, and in float64 as the oracle; under autocast only the
-    former runs in ``autocast``.
-    """
+    """Holds an output to the tolerance: ``plain`` is stock (under autocast if one is given), in float64 the oracle."""
     exact = copy.deepcopy(plain).double()
 
     def run(t: Tensors) -> dict[str, Tensor]:
