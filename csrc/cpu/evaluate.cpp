@@ -46,6 +46,7 @@ Step<S> step_of(const Stage<S>* stages, size_t count, const Shape& in, bool resi
       continue;
     }
     MBN_CHECK(s.in == channels, op, ": weight: expected one for ", channels, " channels, got one for ", s.in);
+    MBN_CHECK(s.code.conv != kDepthwise || s.out == s.in, op, ": weight: expected as many channels out as in of a depthwise stage, got ", s.out, " and ", s.in);
     channels = s.out;
     if (s.code.conv == kDense) {
       p.dense = s.folded();
@@ -79,7 +80,7 @@ Step<S> step_of(const Stage<S>* stages, size_t count, const Shape& in, bool resi
 // A dense convolution makes the rows that the depthwise behind it reads just before it reads them.
 template <class S>
 bool joins(const Step<S>& dense, const Step<S>& next) {
-  return dense.dense.weight && !dense.depthwise.weight && next.depthwise.weight && !next.expand.weight && !(next.residual && next.squeeze > 0);
+  return dense.dense.weight && !dense.depthwise.weight && next.depthwise.weight && !next.expand.weight && !(next.residual && (next.squeeze > 0 || next.window.stride_h > 1 || next.window.stride_w > 1));
 }
 
 template <class S>
@@ -121,6 +122,7 @@ int64_t evaluate_size(std::vector<Tensor> params, const Tensor& stages) {
 template <class S>
 void run(const Tensor& x, const std::vector<Stage<S>>& stages, const std::vector<BlockCode>& blocks, const Tensor& out) {
   const Shape in = shape_of(op, "x", x);
+  MBN_CHECK(in.height > 0 && in.width > 0, op, ": x: expected a positive height and width, got ", in.height, "x", in.width);
   const std::vector<Step<S>> steps = steps_of(stages, blocks, in);
   const Step<S>& last = steps.back();
   Evaluate<S> p = {in.images, int64_t(steps.size()), steps.data()};

@@ -221,10 +221,14 @@ static void run_images(const Network<S>& net, const Member& member, const Room<S
 }
 
 template <class S>
+MBN_INLINE bool one_pixel(const Step<S>& p) {
+  return p.height * p.width == 1 && p.out_height * p.out_width == 1;
+}
+template <class S>
 static Network<S> network_of(const Evaluate<S>& p) {
   constexpr int64_t kFewPixels = 100, kGroup = 4;
   int64_t together = p.steps, grouped = p.steps;
-  while (together > 0 && !p.step[together - 1].dense.weight && p.step[together - 1].height * p.step[together - 1].width == 1) --together;
+  while (together > 0 && !p.step[together - 1].dense.weight && one_pixel(p.step[together - 1])) --together;
   for (grouped = together; grouped > 0; --grouped) {
     const Step<S>& step = p.step[grouped - 1];
     if (step.dense.weight || step.out_height * step.out_width > kFewPixels) break;

@@ -79,6 +79,7 @@ static void gates_of(const Block<S>& b, const Member& member, const Workspace<S>
       store(pooled.data + c / P * pooled.panel + n * P + c % P, sum * (T(1) / T(b.out_pixels)));
     }
   }
+  clear_odd_lane(pooled, p.channels, 0, b.images);
   const Layer<S> reduce = layer_of<S>(p.reduce, p.channels, p.squeeze), restore = layer_of<S>(p.restore, p.squeeze, p.channels);
   const Range narrow = share_of(member, ceil_div(p.squeeze, L)), wide = share_of(member, vectors);
   layer_rows<S, M>(reduce, {pooled.data, pooled.panel}, hidden, {}, 0, b.images, narrow.begin, narrow.end);
@@ -97,6 +98,7 @@ static void gate_rows(const Block<S>& b, Rows<Map<S>> middle, const Accumulate<S
     Map<S>* at = middle.data + c / P * middle.panel + c % P;
     for (int64_t r = begin; r < end; ++r) store(at + r * P, load(at + r * P) * g);
   }
+  clear_odd_lane(middle, b.p.channels, begin, end);
 }
 
 // The project's weight times one image's gate: the same product, and less work where there are more pixels than columns.
@@ -117,7 +119,7 @@ static const Map<S>* gate_weight(const Block<S>& b, const Accumulate<S>* gate, M
         for (int64_t i = 0; i < P; i += L) store(into + i, load(from + i) * factor);
       } else {
         Vec<T> factor;
-        for (int i = 0; i < L; ++i) factor[i] = g[i % 2];
+        for (int i = 0; i < L; ++i) factor[i] = c + i % 2 < b.p.channels ? g[i % 2] : T(0);
         for (int64_t i = 0; i < kStep; i += L) store(into + i, load(from + i) * factor);
       }
     }
@@ -211,10 +213,16 @@ static void convolve_share(const Block<S>& b, const Member& member, const Source
   }
 }
 
+// Whether the gate is multiplied into the project's weight rather than into the map: by shape alone, as the two round differently.
+template <class S>
+MBN_INLINE bool gates_weight(const Block<S>& b) {
+  constexpr int64_t L = kLanes<Accumulate<S>>;
+  return b.gated && b.out_pixels * ceil_div(b.p.channels, L) > 2 * b.p.channels * ceil_div(b.p.out_channels, L);
+}
 // Of the project's operands members share the larger one; the other they all read.
 template <class S>
 MBN_INLINE bool shares_columns(const Block<S>& b, const Member& member) {
-  return b.p.out_channels > b.images * b.out_pixels && ceil_div(b.p.out_channels, kLanes<Accumulate<S>>) >= 2 * member.size;
+  return !gates_weight(b) && b.p.out_channels > b.images * b.out_pixels && ceil_div(b.p.out_channels, kLanes<Accumulate<S>>) >= 2 * member.size;
 }
 
 template <class S>
@@ -229,8 +237,8 @@ static void project_share(const Block<S>& b, const Member& member, Rows<Map<S>> 
   const Rows<const M> residual = b.p.residual ? x : Rows<const M>{};
   if (!b.gated) return layer_rows<S, M>(b.project, {from.data, from.panel}, out, residual, mine.begin, mine.end, columns.begin, columns.end);
   Scratch scratch;
-  const bool gates_weight = !by_columns && b.out_pixels * ceil_div(b.p.channels, kLanes<T>) > 2 * b.p.channels * vectors;
-  M* weight = gates_weight ? take<M>(scratch, weight_size<M>(b.p.out_channels, b.p.channels)) : nullptr;
+  const bool in_weight = gates_weight(b);
+  M* weight = in_weight ? take<M>(scratch, weight_size<M>(b.p.out_channels, b.p.channels)) : nullptr;
   const Range gated = share_of(member, rows);  // not `mine` where columns are shared: then each row is gated by one member for all
   for (int64_t n = 0; n < b.images; ++n) {
     const int64_t first = n * b.out_pixels;
@@ -238,7 +246,7 @@ static void project_share(const Block<S>& b, const Member& member, Rows<Map<S>> 
     if (length(part) <= 0) continue;
     const T* gate = space.gate + n * P;
     Layer<S> layer = b.project;
-    if (gates_weight) {
+    if (in_weight) {
       layer.weight = gate_weight(b, gate, weight);
     } else {
       gate_rows(b, from, gate, part.begin, part.end);

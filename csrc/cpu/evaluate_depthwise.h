@@ -24,7 +24,7 @@ static __attribute__((noinline)) void convolve_columns(const ConvolvedRow<T, To>
   constexpr int P = kPanel<T>, L = kLanes<T>;
   Vec<T> sum[B];
   MBN_UNROLL
-  for (int b = 0; b < B; ++b) sum[b] = work.shift;
+  for (int b = 0; b < B; ++b) sum[b] = Vec<T>{};
   for (int64_t t = 0; t < work.count; ++t) {
     const T* x = work.rows + work.taps[t].row + column * SX * L;
     Vec<T> w[KW];
@@ -41,10 +41,10 @@ static __attribute__((noinline)) void convolve_columns(const ConvolvedRow<T, To>
     }
   }
   To* to = work.to + column * P;
-  const Vec<T> low = work.low, high = work.high;
+  const Vec<T> shift = work.shift, low = work.low, high = work.high;
   MBN_UNROLL
   for (int b = 0; b < B; ++b) {
-    sum[b] = finished<Swish, T>(sum[b], low, high);
+    sum[b] = finished<Swish, T>(sum[b] + shift, low, high);
     store(to + b * P, sum[b]);
   }
   if (work.sum == nullptr) return;
@@ -58,12 +58,12 @@ static __attribute__((noinline)) void convolve_columns(const ConvolvedRow<T, To>
 template <class T, class To, bool Swish>
 static void convolve_column(const ConvolvedRow<T, To>& work, int64_t column) {
   constexpr int P = kPanel<T>, L = kLanes<T>;
-  Vec<T> sum = work.shift;
+  Vec<T> sum = {};
   for (int64_t t = 0; t < work.count; ++t) {
     const T* x = work.rows + work.taps[t].row + column * work.stride * L;
     for (int64_t k = 0; k < work.kernel; ++k) sum += load(x + k * work.dilation * L) * load(work.weights + work.taps[t].weight + k * L);
   }
-  sum = finished<Swish, T>(sum, work.low, work.high);
+  sum = finished<Swish, T>(sum + work.shift, work.low, work.high);
   store(work.to + column * P, sum);
   if (work.sum) *work.sum += sum;
 }
@@ -288,6 +288,7 @@ static void convolve_rows(const Depthwise<S>& d, const Source<S>& from, int64_t 
       }
     }
   }
+  if (first + vectors == d.vectors) clear_odd_lane(to, d.p.channels, 0, (end - begin) * width);
   if (sums == nullptr) return;
   for (int v = 0; v < vectors; ++v) store(sums + (first + v) * L, total[v]);
 }

@@ -106,6 +106,9 @@ Stage<S> stage_of(const StageCode& code, const Widths& widths, Places& places) {
   const auto& kernels = kernels_for<S>().evaluation;
   Stage<S> s = {};
   s.code = code;
+  const double numbers = double(widths.out) * double(code.conv == kDepthwise ? 1 : widths.in) * double(code.kernel_h) * double(code.kernel_w);
+  MBN_CHECK(code.conv == kPool || (widths.in > 0 && numbers < double(int64_t{1} << 40)), op,
+            ": weight: expected at least one channel in and fewer than 2^40 numbers, got others");
   s.out = widths.out, s.in = widths.in, s.squeeze = widths.squeeze;
   s.taps = code.kernel_h * code.kernel_w;
   if (code.conv != kPool) {

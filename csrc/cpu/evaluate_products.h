@@ -116,7 +116,7 @@ struct ProductTile {
   int64_t left_panel;
   const M* right;  // one panel of the weight
   int64_t steps;
-  const T* start;  // what every row's sums begin with: the panel's shifts
+  const T* shift;  // of the panel's columns; added last, as a sum that began with it would round each term to its size
   Finish<T> finish;
   To* to;
   int64_t vector_step;          // from a row's vector to its next in `to`
@@ -141,14 +141,18 @@ MBN_INLINE void multiply_panel(Tile<T, R, NV>& acc, const M* left, const M* righ
 
 // From the sums in registers to the map.
 template <bool Swish, class T, int R, int NV, class To>
-MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const Finish<T>& finish, To* to, int64_t vector_step, const int32_t* places, const To* residual) {
+MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const T* shifts, const Finish<T>& finish, To* to, int64_t vector_step, const int32_t* places,
+                            const To* residual) {
   const Vec<T> low = broadcast(finish.low), high = broadcast(finish.high);
+  Vec<T> shift[NV];
+  MBN_UNROLL
+  for (int v = 0; v < NV; ++v) shift[v] = load(shifts + v * kLanes<T>);
   MBN_UNROLL
   for (int r = 0; r < R; ++r) {
     const int64_t at = places[r];
     MBN_UNROLL
     for (int v = 0; v < NV; ++v) {
-      Vec<T> z = finished<Swish, T>(acc.at[r][v], low, high);
+      Vec<T> z = finished<Swish, T>(acc.at[r][v] + shift[v], low, high);
       if (residual) z += load(residual + at + v * vector_step);
       store(to + at + v * vector_step, z);
     }
@@ -159,15 +163,9 @@ MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const Finish<T>& finish, 
 template <class M, class To, int R, int NV, bool Swish>
 static void product_tile(const ProductTile<M, To>& t) {
   using T = Accumulate<M>;
-  constexpr int L = kLanes<T>;
+  [[maybe_unused]] constexpr int L = kLanes<T>;
   constexpr int64_t kPanelSteps = kColumns<M> / kPair<M>;
-  Tile<T, R, NV> acc;
-  MBN_UNROLL
-  for (int v = 0; v < NV; ++v) {
-    const Vec<T> start = load(t.start + v * L);
-    MBN_UNROLL
-    for (int r = 0; r < R; ++r) acc.at[r][v] = start;
-  }
+  Tile<T, R, NV> acc = {};
   const M *left = t.left, *right = t.right;
   for (int64_t rest = t.steps; rest > 0; rest -= kPanelSteps) {
     const int64_t steps = smaller(rest, kPanelSteps);
@@ -182,7 +180,7 @@ static void product_tile(const ProductTile<M, To>& t) {
       for (int v = 0; v < NV; ++v) acc.at[r][v] += load(t.before + r * kColumns<M> + v * L);
     }
   }
-  finish_tile<Swish>(acc, t.finish, t.to, t.vector_step, t.places, t.residual);
+  finish_tile<Swish>(acc, t.shift, t.finish, t.to, t.vector_step, t.places, t.residual);
 }
 
 // The tile kernels for [vectors][rows].
@@ -240,14 +238,14 @@ static __attribute__((noinline)) void product_in_parts(ProductTile<M, To> t, int
   using T = Accumulate<M>;
   static constexpr T kZeros[kColumns<M>] = {};
   T sums[kTileRows * kColumns<M>];
-  ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, t.start, finish_of<T>(Act::identity), sums,
+  ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, kZeros, finish_of<T>(Act::identity), sums,
                               kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr};
-  t.start = kZeros, t.before = sums;
+  t.before = sums;
   for (; t.steps > kPartSteps; t.steps -= kPartSteps) {
     product_of_rows(part, rows, vectors);
     part.left += kPartSteps * kPair<M> / kColumns<M> * t.left_panel;
     part.right += kPartSteps * kPair<M> * kColumns<M>;
-    part.start = kZeros, part.before = sums;
+    part.before = sums;
   }
   t.left = part.left, t.right = part.right;
   product_of_rows(t, rows, vectors);
@@ -279,13 +277,7 @@ constexpr int kDenseRows = MBN_VECTOR_BYTES == 64 ? 14 : kTileRows;
 template <class M, class To, int R, int NV, bool Swish>
 static __attribute__((noinline)) void dense_tile(const DenseTile<M, To>& t) {
   using T = Accumulate<M>;
-  Tile<T, R, NV> acc;
-  MBN_UNROLL
-  for (int v = 0; v < NV; ++v) {
-    const Vec<T> start = load(t.product.start + v * kLanes<T>);
-    MBN_UNROLL
-    for (int r = 0; r < R; ++r) acc.at[r][v] = start;
-  }
+  Tile<T, R, NV> acc = {};
   const M* right = t.product.right;
   const int64_t step = t.row_step;
   for (int64_t run = 0; run < t.runs; ++run) {
@@ -300,7 +292,7 @@ static __attribute__((noinline)) void dense_tile(const DenseTile<M, To>& t) {
       right += kPair<M> * kColumns<M>;
     }
   }
-  finish_tile<Swish>(acc, t.product.finish, t.product.to, t.product.vector_step, t.product.places, t.product.residual);
+  finish_tile<Swish>(acc, t.product.shift, t.product.finish, t.product.to, t.product.vector_step, t.product.places, t.product.residual);
 }
 template <class M, class To, int R>
 MBN_INLINE void dense_rows_of(const DenseTile<M, To>& t, int vectors) {
@@ -327,6 +319,16 @@ MBN_INLINE Layer<S> layer_of(const FoldedStage<S>& stage, int64_t depth, int64_t
   return {static_cast<const Map<S>*>(stage.weight), stage.shift, finish_of<Accumulate<S>>(stage.act), depth, columns};
 }
 
+// Where channels are multiplied in pairs and are odd, the lane behind the last is read with a weight of zero: it has to be zero, and not what infinity made of it.
+template <class To>
+MBN_INLINE void clear_odd_lane(Rows<To> to, int64_t channels, int64_t begin, int64_t end) {
+  if constexpr (kPair<To> == 2) {
+    if (channels % 2 == 0) return;
+    To* at = to.data + channels / kColumns<To> * to.panel + channels % kColumns<To>;
+    for (int64_t r = begin; r < end; ++r) at[r * kColumns<To>] = To{};
+  }
+}
+
 // Vectors [first, last) of columns of rows [begin, end): from a map to a map of numbers To. residual without data: none.
 template <class S, class To>
 static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> to, Rows<const To> residual, int64_t begin, int64_t end,
@@ -349,6 +351,7 @@ static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> 
     });
     vector += vectors;
   }
+  if (last * L >= layer.columns) clear_odd_lane(to, layer.columns, begin, end);
 }
 
 }  // namespace MBN_ISA

@@ -46,6 +46,7 @@ def load() -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
 def instruction_set() -> str:
     """The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline" (``MBN_CPU_ISA`` forces one)."""
     return _ops.cpu_instruction_set()
@@ -54,6 +55,7 @@ def instruction_set() -> str:
 def empty_cache() -> None:
     """See :func:`mbn_kernels.empty_cache`."""
     _packed_chains.clear()
+    Prepared.generation += 1
     _ops.cpu_empty_cache()
 
 
@@ -177,15 +179,18 @@ class Prepared:
     than they were. What became of the tensors is checked in C++, with a RuntimeError where it does not fit any more.
     """
 
+    generation = 0  # of those that empty_cache has not made forget
+
     def __init__(self, x: Tensor, chains: tuple[Chain, ...], flat: list[Tensor], residuals: tuple[bool, ...]) -> None:
+        self._made_in = Prepared.generation
         self._evaluation, self._flat, self._dtype = _evaluation(chains, residuals), flat, x.dtype
         self._packed = _packed(x, chains, flat, flat, self._evaluation.stages)
         self._dense = chains[0].stages[0].conv == "dense"
         self._shapes: dict[torch.Size, Sequence[int]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != self._dtype:
-            raise RuntimeError(f"evaluate: x: expected {self._dtype}, got {x.dtype}")
+        if x.dtype != self._dtype or not x.is_cpu:
+            raise RuntimeError(f"evaluate: x: expected {self._dtype} on the CPU, got {x.dtype} on {x.device}")
         shape = self._shapes.get(x.shape)
         if shape is None:
             if len(self._shapes) > 64:
@@ -199,12 +204,14 @@ class Prepared:
 
     def _run(self, x: Tensor, out: Tensor) -> None:
         e = self._evaluation
+        if self._made_in != Prepared.generation or False in [p.is_cpu for p in self._flat]:
+            raise RuntimeError("evaluate: params: expected those it was prepared for, got others")
         _ops.evaluate(x, self._flat, e.stages, e.eps, e.blocks, _version(self._flat), self._packed, out)
 
     def freeze(self, x: Tensor) -> Frozen:
         """The same with the parameters' numbers of now, for inputs like x."""
         frozen = Frozen.__new__(Frozen)
-        frozen.__dict__ = dict(self.__dict__)
+        frozen.__dict__ = self.__dict__ | {"_shapes": {}, "_instruction_set": instruction_set()}
         self(x)  # packs them
         frozen._packed = buffer(torch.empty(0), 1, self._packed.numel(), 1, 1).flatten().copy_(self._packed)
         frozen._flat = [torch.empty(p.shape, device="meta") for p in self._flat]
@@ -216,9 +223,12 @@ class Frozen(Prepared):
     """An evaluation whose parameters are numbers: nothing of them is looked at any more."""
 
     _widths: Tensor
+    _instruction_set: str  # which the numbers are packed for
 
     def _run(self, x: Tensor, out: Tensor) -> None:
         e = self._evaluation
+        if self._instruction_set != instruction_set():
+            raise RuntimeError(f"evaluate: packed: expected for {instruction_set()}, got for {self._instruction_set}")
         _ops.evaluate_packed(x, e.stages, self._widths, e.blocks, self._packed, out)
 
 

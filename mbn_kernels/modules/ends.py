@@ -40,7 +40,9 @@ class Head:
     def calls(self) -> list[Call] | None:
         """One chain each, with an output of one pixel, or None where a layer is something else."""
         layers = list(self.classifier._modules.values())
-        if type(self.classifier) is not nn.Sequential or _hooked(self.classifier) or has_hook(self.pool):
+        if type(self.classifier) is not nn.Sequential or _hooked(self.classifier):
+            return None
+        if has_hook(self.pool) or "forward" in self.pool.__dict__:
             return None
         if type(self.pool) is not nn.AdaptiveAvgPool2d or self.pool.output_size not in (1, (1, 1)):
             return None
@@ -58,4 +60,5 @@ class Head:
 
 
 def _hooked(module: nn.Sequential) -> bool:
-    return has_hook(module) or any(map(has_hook, module._modules.values()))
+    """Whether it, or a layer of it, does more than its class says."""
+    return any(has_hook(m) or "forward" in m.__dict__ for m in (module, *module._modules.values()))

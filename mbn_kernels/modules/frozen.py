@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor, fail
-from .sequence import KeepsEvaluation
+from .sequence import KeepsEvaluation, forget
 
 
 class FrozenEvaluation(nn.Module):
@@ -22,9 +22,9 @@ class FrozenEvaluation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("FrozenEvaluation", "x", x)
-        if x.dtype != self._dtype or x.dim() != 4 or x.device.type != "cpu":
-            expected = f"{self._dtype} on the CPU with 4 dimensions (N, C, H, W)"
-            fail("FrozenEvaluation", "x", expected, f"{x.dtype} on {x.device} with {x.dim()}")
+        if x.dtype != self._dtype or x.dim() != 4 or x.device.type != "cpu" or x.layout != torch.strided:
+            expected = f"a dense tensor of {self._dtype} on the CPU with 4 dimensions (N, C, H, W)"
+            fail("FrozenEvaluation", "x", expected, f"{x.layout}, {x.dtype} on {x.device} with {x.dim()}")
         out = self._run(x.detach())
         return out.flatten(1) if self._flat else out
 
@@ -51,6 +51,7 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenEvaluation:
         fail("freeze", "model", expected, type(model).__name__, TypeError)
     if model.training:
         fail("freeze", "model", "a module in evaluation mode", "one in training mode")
+    forget(model)
     with torch.no_grad():
         model(example)
         model(example)  # the second finds what the first has kept

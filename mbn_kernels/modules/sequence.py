@@ -20,7 +20,7 @@ class _Kept(NamedTuple):
     """An evaluation in one call, and what it was made of."""
 
     children: dict  # of the module that keeps it; a replica has others
-    parts: list[nn.Module]
+    parts: list[nn.Module]  # and the head's modules
     watch: Watch
     backend: str
     run: Callable[[Tensor], Tensor]
@@ -28,6 +28,11 @@ class _Kept(NamedTuple):
 
     def holds(self, parts: list[nn.Module]) -> bool:
         return self.parts == parts and self.watch.holds()
+
+
+def forget(owner: nn.Module) -> None:
+    """Drops what :class:`KeepsEvaluation` has kept."""
+    owner.__dict__.pop("_kept", None)
 
 
 class KeepsEvaluation:
@@ -61,12 +66,15 @@ def run_in_turn(owner: nn.Module, parts: list[nn.Module], x: Tensor, head: Head 
         return _one_by_one(parts, x, head)
     backend = backends.choose(x.device, x.dtype)
     kept = owner._kept if isinstance(owner, KeepsEvaluation) else None
-    if kept and kept.children is owner._modules and kept.backend == backend and kept.holds(parts):
+    everything = [*parts, *(head.modules() if head else ())]
+    if kept and kept.children is owner._modules and kept.backend == backend and kept.holds(everything):
         try:
             out = kept.run(x)
             return out.flatten(1) if kept.flat else out
-        except RuntimeError:  # a tensor is no longer what it was: the way below finds out, and finds the words
-            owner.__dict__.pop("_kept", None)
+        except (RuntimeError, ValueError, IndexError):
+            pass  # x does not fit, or a tensor is no longer what it was: the way below finds out, and finds the words
+    if kept:
+        forget(owner)
     if backends.why_unsupported(x.device, x.dtype):
         return _one_by_one(parts, x, head)
     waiting, whole = [], True
@@ -83,19 +91,16 @@ def run_in_turn(owner: nn.Module, parts: list[nn.Module], x: Tensor, head: Head 
         return head(_run(x, waiting, backend))
     out = _run(x, waiting, backend)
     if whole and waiting and isinstance(owner, KeepsEvaluation):
-        _keep(owner, parts, head, x, waiting, backend)
+        _keep(owner, everything, head is not None, x, waiting, backend)
     return out.flatten(1) if head else out
 
 
-def _keep(
-    owner: nn.Module, parts: list[nn.Module], head: Head | None, x: Tensor, calls: list[Call], backend: str
-) -> None:
+def _keep(owner: nn.Module, parts: list[nn.Module], flat: bool, x: Tensor, calls: list[Call], backend: str) -> None:
     chains, residuals = tuple(parse(call.spec) for call in calls), tuple(call.residual for call in calls)
     run = backends.get(backend).kernels.prepared(x, chains, [p for call in calls for p in call.params], residuals)
     if run is None:
         return
-    watch = Watch([*parts, *(head.modules() if head else ())])
-    owner.__dict__["_kept"] = _Kept(owner._modules, parts, watch, backend, run, head is not None)
+    owner.__dict__["_kept"] = _Kept(owner._modules, parts, Watch(parts), backend, run, flat)
 
 
 def _one_by_one(parts: list[nn.Module], x: Tensor, head: Head | None) -> Tensor:
@@ -108,7 +113,7 @@ def _calls(part: nn.Module, first: bool) -> list[Call] | None:
     if not isinstance(part, FusedModule):
         call = stem_call(part) if first else None
     else:
-        call = None if has_hook(part) else part.call()
+        call = None if has_hook(part) or "forward" in part.__dict__ else part.call()
     return None if call is None else [call]
 
 

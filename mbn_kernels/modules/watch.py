@@ -23,6 +23,8 @@ class Watch:
         self._hooks = [hooks for m in self._modules for hooks in hooks_of(m)]
         self._dicts = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
         self._held = [value for d in self._dicts for value in d.values()]
+        self._own = [m.__dict__ for m in self._modules]
+        self._sizes = list(map(len, self._own))  # a new attribute may be a forward
         public = [(m.__dict__, [name for name in m.__dict__ if not name.startswith("_")]) for m in self._modules]
         self._attributes = [(itemgetter(*names), attributes) for attributes, names in public]
         self._values = self._read()
@@ -33,6 +35,8 @@ class Watch:
     def holds(self) -> bool:
         # Loops in C: a network has some thousand of these.
         if any(self._hooks) or sum(map(len, self._dicts)) != len(self._held):
+            return False
+        if list(map(len, self._own)) != self._sizes:
             return False
         if not all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._held)):
             return False
