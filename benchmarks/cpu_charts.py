@@ -6,7 +6,7 @@ import textwrap
 from itertools import cycle
 from pathlib import Path
 
-from .cpu_runs import OURS, best_other, names_of, peaks, share
+from .cpu_runs import best_other, names_of, ours_of, peaks, share
 from .networks import TITLES
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
@@ -73,9 +73,9 @@ def draw_bars(axes, rows: list[dict], names: list[str]) -> None:
     for i, name in enumerate(names):
         at = [g + (i - (len(names) - 1) / 2) * width for g in range(len(rows))]
         heights = [speeds(row).get(name, 0) for row in rows]
-        look = {"color": "0.1"} if name == OURS else {"color": GREYS[i % 7], "hatch": HATCHES[i % 7]}
+        look = {"color": "0.1"} if name == ours_of(names) else {"color": GREYS[i % 7], "hatch": HATCHES[i % 7]}
         axes.bar(at, heights, width, label=name, edgecolor="0", linewidth=0.6, **look)
-        if name == OURS:
+        if name == ours_of(names):
             for x, height in zip(at, heights, strict=True):
                 paper = {"facecolor": "1", "edgecolor": "none", "pad": 0.5}
                 axes.annotate(f"{height:.2f}", (x, height + 0.01), ha="center", fontsize="small", bbox=paper)
@@ -115,7 +115,7 @@ def draw_curves(column, rows: list[dict], axis: str, names: list[str], peak: dic
     for fill, threads in zip(cycle(FILLS), sorted({row["threads"] for row in rows})):
         for i, name in enumerate(names):
             own = [row for row in rows if row["threads"] == threads and name in row["seconds"]]
-            ours = name == OURS
+            ours = name == ours_of(names)
             look = {
                 "color": "0" if ours else "0.45",
                 "linestyle": "-" if ours else LINES[i % 7],

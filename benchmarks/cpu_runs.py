@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -94,7 +94,7 @@ def run(result: dict, measurement: str, requests: list[tuple[Case, dict]], path:
                     say(f"{what}: {name} FAILED: {why}", markup=False, soft_wrap=True)
             if path:
                 path.write_text(json.dumps(result, indent=2) + "\n")
-            complete = complete and found is not None and OURS in found["seconds"]
+            complete = complete and found is not None and {FUSED, OURS} & found["seconds"].keys()
             progress.advance(task)
     return complete
 
@@ -112,7 +112,7 @@ def command(
         for path in options.chart:
             chart(result, path)
     if not complete:
-        raise SystemExit(f"{OURS} has no time in some row: the lines above say why.")
+        raise SystemExit(f"{FUSED} has no time in some row: the lines above say why.")
 
 
 def announce(result: dict) -> None:
@@ -128,7 +128,12 @@ def announce(result: dict) -> None:
 def names_of(rows: list[dict]) -> list[str]:
     """Whose times the rows have, ours last."""
     found = dict.fromkeys(name for row in rows for name in (*row["seconds"], *row["failed"]))
-    return [name for name in found if name != OURS] + [name for name in found if name == OURS]
+    return [name for name in found if name not in (FUSED, OURS)] + [name for name in (FUSED, OURS) if name in found]
+
+
+def ours_of(names: Iterable[str]) -> str:
+    """Whom the others are compared with: training steps have no frozen weights."""
+    return OURS if OURS in names else FUSED
 
 
 def best_other(row: dict) -> float | None:
@@ -139,7 +144,8 @@ def best_other(row: dict) -> float | None:
 def ratio(row: dict) -> str:
     """How many times as fast as the best of the others ours is."""
     best = best_other(row)
-    return f"{best / row['seconds'][OURS]:.2f}×" if best and OURS in row["seconds"] else DASH
+    ours = ours_of(row["seconds"])
+    return f"{best / row['seconds'][ours]:.2f}×" if best and ours in row["seconds"] else DASH
 
 
 def milliseconds(row: dict, name: str) -> str:
@@ -169,6 +175,6 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 def table(result: dict) -> str:
     """Milliseconds a call of every contestant, and ours against the best of the others."""
     names = names_of(result["rows"])
-    heads = ["ms a call", *names, f"{OURS} against the best of the others"]
+    heads = ["ms a call", *names, f"{ours_of(names)} against the best of the others"]
     rows = [[title(row), *(milliseconds(row, name) for name in names), ratio(row)] for row in result["rows"]]
     return markdown(heads, rows)

@@ -24,7 +24,7 @@ import mbn_kernels
 from mbn_kernels import models
 
 from . import cpu_charts
-from .cpu_contestants import OURS, Case, timed
+from .cpu_contestants import FUSED, Case, timed
 from .cpu_processes import Died, Message, answers
 from .cpu_runs import DASH, add_options, announce, command, markdown, names_of, new_result, run, table, timing, title
 from .gpu_timing import in_one_line
@@ -165,11 +165,11 @@ def memory_table(rows: list[dict]) -> str:
         yield title(row)
         memory = row["peak_bytes"]
         yield from (f"{memory[name] / MIB:.0f}" if name in memory else DASH for name in names)
-        least = min((size for name, size in memory.items() if name != OURS), default=None)
-        yield f"{memory[OURS] / least:.2f}" if least and OURS in memory else DASH
+        least = min((size for name, size in memory.items() if name != FUSED), default=None)
+        yield f"{memory[FUSED] / least:.2f}" if least and FUSED in memory else DASH
 
     names = names_of([{"seconds": row["peak_bytes"], "failed": {}} for row in rows])
-    heads = ["MiB at the peak of a step", *names, f"{OURS} as part of the least of the others"]
+    heads = ["MiB at the peak of a step", *names, f"{FUSED} as part of the least of the others"]
     return markdown(heads, [list(cells(row)) for row in rows])
 
 

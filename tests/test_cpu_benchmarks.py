@@ -43,8 +43,8 @@ def test_one_line_for_who_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
         "absent": "left out, no_such_package and nor_this not installed: pip install -e '.[cpu-peers]'",
         "picky, bfloat16": "left out, it has no bfloat16 kernels for CPUs",
     }
-    assert cpu_contestants.takes_part(["absent", "picky"], "float32", out) == ["picky", "fused"]
-    assert cpu_contestants.takes_part(["absent", "picky"], "bfloat16", out) == ["fused"]
+    assert cpu_contestants.takes_part(["absent", "picky"], "float32", out) == ["picky", "fused", "frozen"]
+    assert cpu_contestants.takes_part(["absent", "picky"], "bfloat16", out) == ["fused", "frozen"]
     assert "torch" in cpu_contestants.versions(["absent"]) and "nor_this" not in cpu_contestants.versions(["absent"])
     cpu_runs.announce({"system": SYSTEM, "left_out": out})
     assert capsys.readouterr().out.splitlines()[1:] == [f"{name}: {why}" for name, why in out.items()]
@@ -106,7 +106,7 @@ def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     cpu_peers.main([*small, *once, *with_eager, "--json", str(file), "--chart", *map(str, charts)])
     result = json.loads(file.read_text())
     (found,) = result["rows"]
-    assert found["seconds"].keys() == found["errors"].keys() == {"eager-channels-last", "fused"}
+    assert found["seconds"].keys() == found["errors"].keys() == {"eager-channels-last", "fused", "frozen"}
     assert {name: found[name] for name in Case._fields} == Case("mobilenet_v3_small", 1, 1, resolution=32)._asdict()
     assert all(t > 0 for t in found["seconds"].values()) and not found["failed"]
     assert cpu_runs.table(result) in capsys.readouterr().out and charts[0].stat().st_size

@@ -154,7 +154,7 @@ def _packed(
     found = _packed_chains.get(key)
     if found is None or found.weight() is not flat[0] or found.shapes != shapes:
         # In memory that is looked up by large pages: a network's weights are read once per image.
-        numbers = buffer(torch.empty(0), 1, _ops.evaluate_size(params, stages) // 4, 1, 1).flatten()
+        numbers = _ops.cpu_buffer(1, _ops.evaluate_size(params, stages) // 4, 1, 1, torch.float32).flatten()
         numbers[:16] = 0  # made of no parameters yet
         found = _Packed(weakref.ref(flat[0], lambda _: _packed_chains.pop(key, None)), shapes, numbers)
         _packed_chains[key] = found
@@ -213,7 +213,7 @@ class Prepared:
         frozen = Frozen.__new__(Frozen)
         frozen.__dict__ = self.__dict__ | {"_shapes": {}, "_instruction_set": instruction_set()}
         self(x)  # packs them
-        frozen._packed = buffer(torch.empty(0), 1, self._packed.numel(), 1, 1).flatten().copy_(self._packed)
+        frozen._packed = _ops.cpu_buffer(1, self._packed.numel(), 1, 1, torch.float32).flatten().copy_(self._packed)
         frozen._flat = [torch.empty(p.shape, device="meta") for p in self._flat]
         frozen._widths = self._evaluation.widths(frozen._flat)
         return frozen
