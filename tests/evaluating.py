@@ -87,3 +87,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(cpu._ops, "evaluate", count)
     monkeypatch.setattr(cpu._ops, "evaluate_packed", count_packed)
     return found
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def with_threads(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What the module returns with any number of threads, and when called again."""
+    found = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        found.append(module(x))
+    torch.set_num_threads(1)
+    for out in found[1:]:
+        assert torch.equal(out.nan_to_num(), found[0].nan_to_num())
+    return found[0]

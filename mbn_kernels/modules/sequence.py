@@ -30,7 +30,7 @@ class _Kept(NamedTuple):
         return self.parts == parts and self.watch.holds()
 
 
-def forget(owner: nn.Module) -> None:
+def forget(owner: KeepsEvaluation) -> None:
     """Drops what :class:`KeepsEvaluation` has kept."""
     owner.__dict__.pop("_kept", None)
 
@@ -58,15 +58,14 @@ class FusedSequential(KeepsEvaluation, nn.Sequential):
         return self.__dict__ | {"_kept": None}
 
 
-def run_in_turn(owner: nn.Module, parts: list[nn.Module], x: Tensor, head: Head | None = None) -> Tensor:
+def run_in_turn(owner: KeepsEvaluation, parts: list[nn.Module], x: Tensor, head: Head | None = None) -> Tensor:
     """The parts of ``owner`` one behind the other, as :class:`FusedSequential` does, and the head; a stem in front of
     the others and the head are in the same call.
     """
     if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
         return _one_by_one(parts, x, head)
     backend = backends.choose(x.device, x.dtype)
-    kept = owner._kept if isinstance(owner, KeepsEvaluation) else None
-    everything = [*parts, *(head.modules() if head else ())]
+    kept, everything = owner._kept, [*parts, *(head.modules() if head else ())]
     if kept and kept.children is owner._modules and kept.backend == backend and kept.holds(everything):
         try:
             out = kept.run(x)
@@ -90,12 +89,14 @@ def run_in_turn(owner: nn.Module, parts: list[nn.Module], x: Tensor, head: Head 
     elif head:
         return head(_run(x, waiting, backend))
     out = _run(x, waiting, backend)
-    if whole and waiting and isinstance(owner, KeepsEvaluation):
+    if whole and waiting:
         _keep(owner, everything, head is not None, x, waiting, backend)
     return out.flatten(1) if head else out
 
 
-def _keep(owner: nn.Module, parts: list[nn.Module], flat: bool, x: Tensor, calls: list[Call], backend: str) -> None:
+def _keep(
+    owner: KeepsEvaluation, parts: list[nn.Module], flat: bool, x: Tensor, calls: list[Call], backend: str
+) -> None:
     chains, residuals = tuple(parse(call.spec) for call in calls), tuple(call.residual for call in calls)
     run = backends.get(backend).kernels.prepared(x, chains, [p for call in calls for p in call.params], residuals)
     if run is None:
