@@ -111,7 +111,7 @@ static void dense_row(const Dense<S>& d, const Image<S>& image, Lines<S>& lines,
   const int64_t panel = first / kPanelVectors, within = first % kPanelVectors, step = w.stride_w * d.padded;
   const M* weight = d.layer.weight + panel * weight_panel_size<M>(d.layer.depth) + within * L * kPair<M>;
   DenseTile<M, To> tile = {lines.runs, 0, step, d.runs, d.run / kPair<M>,
-                           {nullptr, 0, weight, 0, d.layer.shift + first * L, d.layer.finish, to, vector_step, kEvenRows<Step>.at, nullptr}};
+                           {nullptr, 0, weight, 0, d.layer.shift + first * L, d.layer.act, to, vector_step, kEvenRows<Step>.at, nullptr}};
   const auto at = [&](int64_t column) {
     tile.at = column * step;
     tile.product.to = to + column * Step;
@@ -122,7 +122,7 @@ static void dense_row(const Dense<S>& d, const Image<S>& image, Lines<S>& lines,
     // The last tile makes some pixels again.
     for (int64_t c = 0; c < d.out_width; c += kDenseRows) at(smaller<int64_t>(c, d.out_width - kDenseRows)), dense_rows_of<M, To, kDenseRows>(tile, vectors);
   }
-  if (!finishes_later(d.layer.finish)) return;
+  if (!finishes_later(d.layer.act)) return;
   for (int64_t c = 0; c < d.out_width; ++c) {
     at(c);
     finish_rows(tile.product, 1, vectors, static_cast<const To*>(nullptr));

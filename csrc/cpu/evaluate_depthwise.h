@@ -14,12 +14,12 @@ struct ConvolvedRow {
   const T *rows, *weights;
   const Tap* taps;
   int64_t count, kernel, stride, dilation;  // across columns; only the general form reads the last three
-  Vec<T> shift, low, high;
+  Vec<T> shift;
   To* to;
   Vec<T>* sum;  // of what is written, added; null: not wanted
 };
 
-template <class T, class To, int KW, int SX, int B, bool Swish>
+template <class T, class To, int KW, int SX, int B, Act A>
 static __attribute__((noinline)) void convolve_columns(const ConvolvedRow<T, To>& work, int64_t column) {
   constexpr int P = kPanel<T>, L = kLanes<T>;
   Vec<T> sum[B];
@@ -41,10 +41,10 @@ static __attribute__((noinline)) void convolve_columns(const ConvolvedRow<T, To>
     }
   }
   To* to = work.to + column * P;
-  const Vec<T> shift = work.shift, low = work.low, high = work.high;
+  const Vec<T> shift = work.shift;
   MBN_UNROLL
   for (int b = 0; b < B; ++b) {
-    sum[b] = finished<Swish, T>(sum[b] + shift, low, high);
+    sum[b] = activate<A>(sum[b] + shift);
     store(to + b * P, sum[b]);
   }
   if (work.sum == nullptr) return;
@@ -55,7 +55,7 @@ static __attribute__((noinline)) void convolve_columns(const ConvolvedRow<T, To>
 }
 
 // Any window, one column.
-template <class T, class To, bool Swish>
+template <class T, class To, Act A>
 static void convolve_column(const ConvolvedRow<T, To>& work, int64_t column) {
   constexpr int P = kPanel<T>, L = kLanes<T>;
   Vec<T> sum = {};
@@ -63,7 +63,7 @@ static void convolve_column(const ConvolvedRow<T, To>& work, int64_t column) {
     const T* x = work.rows + work.taps[t].row + column * work.stride * L;
     for (int64_t k = 0; k < work.kernel; ++k) sum += load(x + k * work.dilation * L) * load(work.weights + work.taps[t].weight + k * L);
   }
-  sum = finished<Swish, T>(sum + work.shift, work.low, work.high);
+  sum = activate<A>(sum + work.shift);
   store(work.to + column * P, sum);
   if (work.sum) *work.sum += sum;
 }
@@ -74,22 +74,27 @@ struct RowKernels {
   void (*at[kRowColumns + 1])(const ConvolvedRow<T, To>&, int64_t);
   int most;
 };
-template <class T, class To, int KW, int SX, bool Swish>
+template <class T, class To, int KW, int SX, Act A>
 MBN_INLINE RowKernels<T, To> row_kernels() {
   if constexpr (KW == 0) {
-    return {{nullptr, convolve_column<T, To, Swish>}, 1};
+    return {{nullptr, convolve_column<T, To, A>}, 1};
   } else {
-    return {{nullptr, convolve_columns<T, To, KW, SX, 1, Swish>, convolve_columns<T, To, KW, SX, 2, Swish>,
-             convolve_columns<T, To, KW, SX, 3, Swish>, convolve_columns<T, To, KW, SX, 4, Swish>, convolve_columns<T, To, KW, SX, 5, Swish>,
-             convolve_columns<T, To, KW, SX, 6, Swish>, convolve_columns<T, To, KW, SX, 7, Swish>},
+    return {{nullptr, convolve_columns<T, To, KW, SX, 1, A>, convolve_columns<T, To, KW, SX, 2, A>,
+             convolve_columns<T, To, KW, SX, 3, A>, convolve_columns<T, To, KW, SX, 4, A>, convolve_columns<T, To, KW, SX, 5, A>,
+             convolve_columns<T, To, KW, SX, 6, A>, convolve_columns<T, To, KW, SX, 7, A>},
             kRowColumns};
   }
 }
 template <class T, class To>
 MBN_INLINE RowKernels<T, To> row_kernels_of(const Window& w, Act act) {
-  return with_width(w, [&](auto width) {
-    return act == Act::hardswish ? row_kernels<T, To, width.kernel, width.stride, true>() : row_kernels<T, To, width.kernel, width.stride, false>();
+  RowKernels<T, To> kernels;
+  with_width(w, [&](auto width) {
+    with_act(act_of_tile(act), [&](auto tag) {
+      constexpr Act A = decltype(tag)::act;
+      if constexpr (!finishes_later(A)) kernels = row_kernels<T, To, width.kernel, width.stride, A>();
+    });
   });
+  return kernels;
 }
 
 // The depthwise convolution of a block's images, row after row: each input row is made once.
@@ -100,7 +105,7 @@ struct Depthwise {
   const Step<S>& p;
   Layer<S> expand;  // no weight: the input's rows are copied, or a dense convolution makes them
   const T *weight, *shift;
-  Finish<T> finish;
+  Act act;
   RowKernels<T, M> kernels;
   int64_t span, slots, columns, chunk;  // rows of a window, rows and columns of the ring, output rows made at a time
   int64_t vectors, unit, units;         // of channels; vectors of a unit
@@ -112,7 +117,7 @@ MBN_INLINE Depthwise<S> depthwise_of(const Step<S>& p) {
   using T = Accumulate<S>;
   const Window& w = p.window;
   Depthwise<S> d = {p, layer_of<S>(p.expand, p.in_channels, p.channels), static_cast<const T*>(p.depthwise.weight), p.depthwise.shift,
-                    finish_of<T>(p.depthwise.act), row_kernels_of<T, Map<S>>(w, p.depthwise.act)};
+                    p.depthwise.act, row_kernels_of<T, Map<S>>(w, p.depthwise.act)};
   // Rows enough for tiles of full height; two vectors where their ring stays in the first-level cache.
   constexpr int64_t kChunkPixels = 28, kRingBytes = 26 << 10;
   d.span = (w.kernel_h - 1) * w.dilation_h + 1;
@@ -209,11 +214,12 @@ static void bring_rows(const Depthwise<S>& d, const Source<S>& from, int64_t vec
                             d.expand.weight + panel * weight_panel_size<M>(d.expand.depth) + within * kPair<M>,
                             steps_of<M>(d.expand.depth),
                             d.expand.shift + vector * L,
-                            d.expand.finish,
+                            d.expand.act,
                             ring.data,
                             d.vector_size(),
                             nullptr,
                             nullptr};
+  const int halves = halves_of<T>(d.expand.columns, vector, vectors);
   int64_t row = begin, column = 0;
   for_tiles((end - begin) * width, [&](int64_t pixel, int rows) {
     tile.left = from.map.data + (begin * width + pixel) * P;
@@ -231,7 +237,7 @@ static void bring_rows(const Depthwise<S>& d, const Source<S>& from, int64_t vec
       }
     }
     if (column == width) ++row, column = 0;
-    finished_product<M, T>(tile, rows, vectors);
+    finished_product<M, T>(tile, rows, halves);
   });
 }
 
@@ -246,7 +252,7 @@ static void convolve_rows(const Depthwise<S>& d, const Source<S>& from, int64_t 
   const Window& w = d.p.window;
   const int64_t taps = w.kernel_h * w.kernel_w, width = d.p.out_width, first = unit * d.unit;
   const int vectors = int(smaller(d.unit, d.vectors - first));
-  const bool later = finishes_later(d.finish);
+  const bool later = finishes_later(d.act);
   const int64_t tiles = ceil_div(width, d.kernels.most), columns = width / tiles, wider = width - columns * tiles;
   Vec<T> total[kPanelVectors] = {};
   Scratch scratch;
@@ -268,7 +274,7 @@ static void convolve_rows(const Depthwise<S>& d, const Source<S>& from, int64_t 
         M* out = to.data + c / P * to.panel + (row - begin) * width * P + c % P;
         Vec<T> row_sum = {};
         const ConvolvedRow<T, M> work = {ring.data + v * d.vector_size(), d.weight + c * taps, row_taps, count, w.kernel_w, w.stride_w, w.dilation_w,
-                                         load(d.shift + c), broadcast(d.finish.low), broadcast(d.finish.high), out,
+                                         load(d.shift + c), out,
                                          sums && !later ? &row_sum : nullptr};
         for (int64_t i = 0, column = 0; i < tiles; ++i) {
           const int64_t n = columns + (i < wider);
@@ -276,7 +282,7 @@ static void convolve_rows(const Depthwise<S>& d, const Source<S>& from, int64_t 
           column += n;
         }
         if (later) {
-          with_act(d.finish.act, [&](auto act) {
+          with_act(d.act, [&](auto act) {
             for (int64_t i = 0; i < width; ++i) {
               const Vec<T> z = activate<decltype(act)::act>(load(out + i * P));
               row_sum += z;

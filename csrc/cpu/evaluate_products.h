@@ -61,50 +61,63 @@ MBN_INLINE Rows<M> from_row(Rows<M> rows, int64_t row) {
   return {rows.data + row * kColumns<M>, rows.panel};
 }
 
-// What becomes of a sum: clamped to [low, high], times itself for hard-swish. The other activations are applied afterwards (finish_rows).
+// A tile applies four of the activations to its sums in registers, each in a kernel of its own: the two minima of a clamp cost a processor as much as two
+// multiplications. The others are applied afterwards (finish_rows).
+MBN_INLINE constexpr bool finishes_later(Act act) { return act > Act::hardswish; }
+MBN_INLINE Act act_of_tile(Act act) { return finishes_later(act) ? Act::identity : act; }
+
+// The lower half of a vector. Channels come in eights: where the last vector of a layer is half padding and the processor has wide vectors, it multiplies half.
 template <class T>
-struct Finish {
-  Act act;
-  T low, high;
+struct HalfOf {
+  typedef T type __attribute__((vector_size(MBN_VECTOR_BYTES / 2)));
 };
 template <class T>
-MBN_INLINE Finish<T> finish_of(Act act) {
-  constexpr T kInfinity = T(__builtin_huge_val());
-  const bool positive = act == Act::relu || act == Act::relu6;
-  return {act, positive ? T(0) : -kInfinity, act == Act::relu6 ? T(6) : kInfinity};
+using Half = typename HalfOf<T>::type;
+#if MBN_VECTOR_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+constexpr bool kHalves = true;
+template <class T, int... I>
+MBN_INLINE Vec<T> widen(Half<T> half, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(half, Half<T>{}, I...);
 }
+#else
+constexpr bool kHalves = false;
+template <class T, int... I>
+MBN_INLINE Vec<T> widen(Half<T> half, std::integer_sequence<int, I...>);
+#endif
+// Halves of vectors in a layer's vectors [first, first + vectors).
 template <class T>
-MBN_INLINE bool finishes_later(const Finish<T>& f) {
-  return f.act == Act::silu || f.act == Act::hardsigmoid || f.act == Act::sigmoid;
-}
-template <bool Swish, class T>
-MBN_INLINE Vec<T> finished(Vec<T> n, const Vec<T>& low, const Vec<T>& high) {
-  if constexpr (Swish) return activate<Act::hardswish>(n);
-  // NaN stays NaN, as in at_least and at_most.
-  n = n < low ? low : n;
-  return n > high ? high : n;
+MBN_INLINE int halves_of(int64_t columns, int64_t first, int vectors) {
+  const int64_t missing = (first + vectors) * kLanes<T> - columns;
+  return 2 * vectors - (kHalves && missing >= kLanes<T> / 2);
 }
 
+// Adds left * right to each vector, or half vector, of a row.
 #if defined(MBN_BF16_PRODUCTS)
-template <class M, int NV>
-MBN_INLINE void multiply_row(Vec<float> (&sum)[NV], const bf16* left, const Vec<float> (&right)[NV]) {
+template <class M, int N>
+MBN_INLINE void multiply_row(Vec<float> (&sum)[N], const bf16* left, const Vec<float> (&right)[N]) {
   int pair;
   __builtin_memcpy(&pair, left, sizeof pair);
   const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
   MBN_UNROLL
-  for (int v = 0; v < NV; ++v) sum[v] = (Vec<float>)_mm512_dpbf16_ps((__m512)sum[v], both, (__m512bh)right[v]);
+  for (int v = 0; v < N; ++v) sum[v] = (Vec<float>)_mm512_dpbf16_ps((__m512)sum[v], both, (__m512bh)right[v]);
+}
+template <class M>
+MBN_INLINE void multiply_row(Half<float> (&sum)[1], const bf16* left, const Half<float> (&right)[1]) {
+  int pair;
+  __builtin_memcpy(&pair, left, sizeof pair);
+  sum[0] = (Half<float>)_mm256_dpbf16_ps((__m256)sum[0], (__m256bh)_mm256_set1_epi32(pair), (__m256bh)right[0]);
 }
 #endif
-template <class M, int NV>
-MBN_INLINE void multiply_row(Vec<Accumulate<M>> (&sum)[NV], const Accumulate<M>* left, const Vec<Accumulate<M>> (&right)[NV]) {
-  const Vec<Accumulate<M>> number = broadcast(*left);
+template <class M, class V, int N>
+MBN_INLINE void multiply_row(V (&sum)[N], const Accumulate<M>* left, const V (&right)[N]) {
+  const V number = *left - V{};  // broadcast
   MBN_UNROLL
-  for (int v = 0; v < NV; ++v) sum[v] += number * right[v];
+  for (int v = 0; v < N; ++v) sum[v] += number * right[v];
 }
 // A vector of a packed weight, as bits.
-template <class T, class M>
-MBN_INLINE Vec<T> load_bits(const M* p) {
-  Vec<T> v;
+template <class V, class M>
+MBN_INLINE V load_bits(const M* p) {
+  V v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
@@ -117,7 +130,7 @@ struct ProductTile {
   const M* right;  // one panel of the weight
   int64_t steps;
   const T* shift;  // of the panel's columns; added last, as a sum that began with it would round each term to its size
-  Finish<T> finish;
+  Act act;
   To* to;
   int64_t vector_step;          // from a row's vector to its next in `to`
   const int32_t* places;        // of each row, counted from `to`
@@ -125,25 +138,48 @@ struct ProductTile {
   const T* before = nullptr;    // added before the activation, rows of kColumns; null: none
 };
 
+// R rows of sums, H halves of vectors wide.
+template <class T, int R, int H>
+struct HalfTile {
+  static constexpr int kWhole = H / 2;
+  Vec<T> whole[R][kWhole > 0 ? kWhole : 1];
+  Half<T> half[R][1];  // of an odd H
+
+  __attribute__((always_inline)) Tile<T, R, (H + 1) / 2> widened() const {
+    Tile<T, R, (H + 1) / 2> all;
+    MBN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MBN_UNROLL
+      for (int v = 0; v < kWhole; ++v) all.at[r][v] = whole[r][v];
+      if constexpr (H % 2) all.at[r][kWhole] = widen<T>(half[r][0], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+    return all;
+  }
+};
+
 // Up to one panel's steps of a tile.
-template <class M, class T, int R, int NV>
-MBN_INLINE void multiply_panel(Tile<T, R, NV>& acc, const M* left, const M* right, int64_t steps) {
+template <class M, class T, int R, int H>
+MBN_INLINE void multiply_panel(HalfTile<T, R, H>& acc, const M* left, const M* right, int64_t steps) {
+  constexpr int kWhole = H / 2;
   for (int64_t k = 0; k < steps; ++k) {
-    Vec<T> b[NV];
+    Vec<T> b[kWhole > 0 ? kWhole : 1];
     MBN_UNROLL
-    for (int v = 0; v < NV; ++v) b[v] = load_bits<T>(right + v * kLanes<T> * kPair<M>);
+    for (int v = 0; v < kWhole; ++v) b[v] = load_bits<Vec<T>>(right + v * kLanes<T> * kPair<M>);
+    Half<T> half[1];
+    if constexpr (H % 2) half[0] = load_bits<Half<T>>(right + kWhole * kLanes<T> * kPair<M>);
     MBN_UNROLL
-    for (int r = 0; r < R; ++r) multiply_row<M, NV>(acc.at[r], left + r * kColumns<M>, b);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (kWhole > 0) multiply_row<M>(acc.whole[r], left + r * kColumns<M>, b);
+      if constexpr (H % 2) multiply_row<M>(acc.half[r], left + r * kColumns<M>, half);
+    }
     left += kPair<M>;
     right += kPair<M> * kColumns<M>;
   }
 }
 
 // From the sums in registers to the map.
-template <bool Swish, class T, int R, int NV, class To>
-MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const T* shifts, const Finish<T>& finish, To* to, int64_t vector_step, const int32_t* places,
-                            const To* residual) {
-  const Vec<T> low = broadcast(finish.low), high = broadcast(finish.high);
+template <Act A, class T, int R, int NV, class To>
+MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const T* shifts, To* to, int64_t vector_step, const int32_t* places, const To* residual) {
   Vec<T> shift[NV];
   MBN_UNROLL
   for (int v = 0; v < NV; ++v) shift[v] = load(shifts + v * kLanes<T>);
@@ -152,27 +188,28 @@ MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const T* shifts, const Fi
     const int64_t at = places[r];
     MBN_UNROLL
     for (int v = 0; v < NV; ++v) {
-      Vec<T> z = finished<Swish, T>(acc.at[r][v] + shift[v], low, high);
+      Vec<T> z = activate<A>(acc.at[r][v] + shift[v]);
       if (residual) z += load(residual + at + v * vector_step);
       store(to + at + v * vector_step, z);
     }
   }
 }
 
-// One tile of rows x vectors of a panel.
-template <class M, class To, int R, int NV, bool Swish>
+// One tile of a panel: rows x halves of vectors.
+template <class M, class To, int R, int H, Act A>
 static void product_tile(const ProductTile<M, To>& t) {
   using T = Accumulate<M>;
-  [[maybe_unused]] constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<T>, NV = (H + 1) / 2;
   constexpr int64_t kPanelSteps = kColumns<M> / kPair<M>;
-  Tile<T, R, NV> acc = {};
+  HalfTile<T, R, H> sums = {};
   const M *left = t.left, *right = t.right;
   for (int64_t rest = t.steps; rest > 0; rest -= kPanelSteps) {
     const int64_t steps = smaller(rest, kPanelSteps);
-    multiply_panel(acc, left, right, steps);
+    multiply_panel(sums, left, right, steps);
     left += t.left_panel;
     right += steps * kPair<M> * kColumns<M>;
   }
+  Tile<T, R, NV> acc = sums.widened();
   if (t.before) {
     MBN_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -180,29 +217,33 @@ static void product_tile(const ProductTile<M, To>& t) {
       for (int v = 0; v < NV; ++v) acc.at[r][v] += load(t.before + r * kColumns<M> + v * L);
     }
   }
-  finish_tile<Swish>(acc, t.shift, t.finish, t.to, t.vector_step, t.places, t.residual);
+  finish_tile<A>(acc, t.shift, t.to, t.vector_step, t.places, t.residual);
 }
 
-// The tile kernels for [vectors][rows].
-template <class M, class To, bool Swish>
+// The tile kernels for [activation][halves of vectors][rows].
+template <class M, class To>
 struct ProductKernels {
-  void (*at[kPanelVectors + 1][kTileRows + 1])(const ProductTile<M, To>&);
-  template <int NV, int... R>
+  void (*at[4][2 * kPanelVectors + 1][kTileRows + 1])(const ProductTile<M, To>&);
+  template <Act A, int H, int... R>
   constexpr void fill(std::integer_sequence<int, R...>) {
-    ((at[NV][R + 1] = product_tile<M, To, R + 1, NV, Swish>), ...);
+    ((at[int(A)][H][R + 1] = product_tile<M, To, R + 1, H, A>), ...);
+  }
+  template <Act A>
+  constexpr void fill_widths() {
+    constexpr auto rows = std::make_integer_sequence<int, kTileRows>{};
+    fill<A, 2>(rows), fill<A, 4>(rows);
+    if constexpr (kHalves) fill<A, 1>(rows), fill<A, 3>(rows);
   }
   constexpr ProductKernels() : at() {
-    fill<1>(std::make_integer_sequence<int, kTileRows>{});
-    fill<2>(std::make_integer_sequence<int, kTileRows>{});
+    fill_widths<Act::identity>(), fill_widths<Act::relu>(), fill_widths<Act::relu6>(), fill_widths<Act::hardswish>();
   }
 };
-template <class M, class To, bool Swish>
-static constexpr ProductKernels<M, To, Swish> kProductKernels;
+template <class M, class To>
+static constexpr ProductKernels<M, To> kProductKernels;
 
 template <class M, class To>
-MBN_INLINE void product_of_rows(const ProductTile<M, To>& t, int rows, int vectors) {
-  if (t.finish.act == Act::hardswish) return kProductKernels<M, To, true>.at[vectors][rows](t);
-  kProductKernels<M, To, false>.at[vectors][rows](t);
+MBN_INLINE void product_of_rows(const ProductTile<M, To>& t, int rows, int halves) {
+  kProductKernels<M, To>.at[int(act_of_tile(t.act))][halves][rows](t);
 }
 
 // Rows that lie `Step` numbers apart.
@@ -219,7 +260,7 @@ static constexpr EvenRows<Step> kEvenRows;
 // The activations that a tile does not apply, and the residual behind them.
 template <class M, class To>
 static __attribute__((noinline)) void finish_rows(const ProductTile<M, To>& t, int rows, int vectors, const To* residual) {
-  with_act(t.finish.act, [&](auto act) {
+  with_act(t.act, [&](auto act) {
     for (int r = 0; r < rows; ++r) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = t.places[r] + v * t.vector_step;
@@ -234,34 +275,34 @@ static __attribute__((noinline)) void finish_rows(const ProductTile<M, To>& t, i
 // In parts of 256 steps: one chain of a thousand additions loses digits that shorter ones keep.
 constexpr int64_t kPartSteps = 256;
 template <class M, class To>
-static __attribute__((noinline)) void product_in_parts(ProductTile<M, To> t, int rows, int vectors) {
+static __attribute__((noinline)) void product_in_parts(ProductTile<M, To> t, int rows, int halves) {
   using T = Accumulate<M>;
   static constexpr T kZeros[kColumns<M>] = {};
   T sums[kTileRows * kColumns<M>];
-  ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, kZeros, finish_of<T>(Act::identity), sums,
+  ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, kZeros, Act::identity, sums,
                               kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr};
   t.before = sums;
   for (; t.steps > kPartSteps; t.steps -= kPartSteps) {
-    product_of_rows(part, rows, vectors);
+    product_of_rows(part, rows, halves);
     part.left += kPartSteps * kPair<M> / kColumns<M> * t.left_panel;
     part.right += kPartSteps * kPair<M> * kColumns<M>;
     part.before = sums;
   }
   t.left = part.left, t.right = part.right;
-  product_of_rows(t, rows, vectors);
+  product_of_rows(t, rows, halves);
 }
 
 template <class M, class To>
-MBN_INLINE void finished_product(ProductTile<M, To> t, int rows, int vectors) {
+MBN_INLINE void finished_product(ProductTile<M, To> t, int rows, int halves) {
   const To* residual = t.residual;
-  const bool later = finishes_later(t.finish);
+  const bool later = finishes_later(t.act);
   if (later) t.residual = nullptr;
   if (t.steps > kPartSteps) {
-    product_in_parts(t, rows, vectors);
+    product_in_parts(t, rows, halves);
   } else {
-    product_of_rows(t, rows, vectors);
+    product_of_rows(t, rows, halves);
   }
-  if (later) finish_rows(t, rows, vectors, residual);
+  if (later) finish_rows(t, rows, (halves + 1) / 2, residual);
 }
 
 // ---- Dense convolutions -----------------------------------------------------------------------------------------------------------
@@ -274,7 +315,7 @@ struct DenseTile {
   ProductTile<M, To> product;  // left, left_panel and steps are not read
 };
 constexpr int kDenseRows = MBN_VECTOR_BYTES == 64 ? 14 : kTileRows;
-template <class M, class To, int R, int NV, bool Swish>
+template <class M, class To, int R, int NV, Act A>
 static __attribute__((noinline)) void dense_tile(const DenseTile<M, To>& t) {
   using T = Accumulate<M>;
   Tile<T, R, NV> acc = {};
@@ -285,23 +326,21 @@ static __attribute__((noinline)) void dense_tile(const DenseTile<M, To>& t) {
     for (int64_t k = 0; k < t.steps; ++k) {
       Vec<T> b[NV];
       MBN_UNROLL
-      for (int v = 0; v < NV; ++v) b[v] = load_bits<T>(right + v * kLanes<T> * kPair<M>);
+      for (int v = 0; v < NV; ++v) b[v] = load_bits<Vec<T>>(right + v * kLanes<T> * kPair<M>);
       MBN_UNROLL
-      for (int r = 0; r < R; ++r) multiply_row<M, NV>(acc.at[r], left + r * step, b);
+      for (int r = 0; r < R; ++r) multiply_row<M>(acc.at[r], left + r * step, b);
       left += kPair<M>;
       right += kPair<M> * kColumns<M>;
     }
   }
-  finish_tile<Swish>(acc, t.product.shift, t.product.finish, t.product.to, t.product.vector_step, t.product.places, t.product.residual);
+  finish_tile<A>(acc, t.product.shift, t.product.to, t.product.vector_step, t.product.places, t.product.residual);
 }
 template <class M, class To, int R>
 MBN_INLINE void dense_rows_of(const DenseTile<M, To>& t, int vectors) {
-  if (vectors == 1) {
-    if (t.product.finish.act == Act::hardswish) return dense_tile<M, To, R, 1, true>(t);
-    return dense_tile<M, To, R, 1, false>(t);
-  }
-  if (t.product.finish.act == Act::hardswish) return dense_tile<M, To, R, 2, true>(t);
-  dense_tile<M, To, R, 2, false>(t);
+  with_act(act_of_tile(t.product.act), [&](auto tag) {
+    constexpr Act A = decltype(tag)::act;
+    if constexpr (!finishes_later(A)) vectors == 1 ? dense_tile<M, To, R, 1, A>(t) : dense_tile<M, To, R, 2, A>(t);
+  });
 }
 
 // ---- Layers -----------------------------------------------------------------------------------------------------------------------
@@ -311,12 +350,12 @@ template <class S>
 struct Layer {
   const Map<S>* weight;
   const Accumulate<S>* shift;
-  Finish<Accumulate<S>> finish;
+  Act act;
   int64_t depth, columns;
 };
 template <class S>
 MBN_INLINE Layer<S> layer_of(const FoldedStage<S>& stage, int64_t depth, int64_t columns) {
-  return {static_cast<const Map<S>*>(stage.weight), stage.shift, finish_of<Accumulate<S>>(stage.act), depth, columns};
+  return {static_cast<const Map<S>*>(stage.weight), stage.shift, stage.act, depth, columns};
 }
 
 // Where channels are multiplied in pairs and are odd, the lane behind the last is read with a weight of zero: it has to be zero, and not what infinity made of it.
@@ -338,16 +377,16 @@ static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> 
   constexpr int L = kLanes<T>;
   for (int64_t vector = first; vector < last;) {
     const int64_t panel = vector / kPanelVectors, within = vector % kPanelVectors;
-    const int vectors = int(smaller<int64_t>(last - vector, kPanelVectors - within));
+    const int vectors = int(smaller<int64_t>(last - vector, kPanelVectors - within)), halves = halves_of<T>(layer.columns, vector, vectors);
     const M* weight = layer.weight + panel * weight_panel_size<M>(layer.depth) + within * L * kPair<M>;
     for_tiles(end - begin, [&](int64_t row, int rows) {
       const int64_t place = (begin + row) * kColumns<M> + within * L;
       To* into = to.data + panel * to.panel + place;
       prefetch_tile(into, 1, rows, 0, kColumns<M>, vectors * L);
       finished_product<M, To>({from.data + (begin + row) * kColumns<M>, from.panel, weight, steps_of<M>(layer.depth), layer.shift + vector * L,
-                               layer.finish, into, L, kEvenRows<kColumns<M>>.at,
+                               layer.act, into, L, kEvenRows<kColumns<M>>.at,
                                residual.data ? residual.data + panel * residual.panel + place : nullptr},
-                              rows, vectors);
+                              rows, halves);
     });
     vector += vectors;
   }
