@@ -11,9 +11,6 @@ namespace MBN_ISA {
 
 MBN_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-struct Range {
-  int64_t begin, end;
-};
 MBN_INLINE int64_t length(Range r) { return r.end - r.begin; }
 MBN_INLINE Range clip(Range r, int64_t limit) {
   const int64_t begin = larger(smaller(r.begin, limit), int64_t{0});
@@ -42,9 +39,6 @@ struct Task {
   Range images, vectors;
   int64_t strip, band, partial;  // partial: the number of this task among those that share its channels
 };
-
-// Part i of n of [0, count): parts differ by one at most, so that no thread is left with the largest.
-MBN_INLINE Range share(int64_t count, int64_t i, int64_t n) { return {count * i / n, count * (i + 1) / n}; }
 
 MBN_INLINE Task task_of(const Plan& p, int64_t index) {
   const int64_t band = index % p.bands;

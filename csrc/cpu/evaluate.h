@@ -224,6 +224,9 @@ template <class S>
 MBN_INLINE bool one_pixel(const Step<S>& p) {
   return p.height * p.width == 1 && p.out_height * p.out_width == 1;
 }
+// Members share the images, or each image's work where there are few.
+MBN_INLINE bool shares_images(int64_t images, int64_t members) { return images >= kPieces * members || images % members == 0; }
+
 template <class S>
 static Network<S> network_of(const Evaluate<S>& p) {
   constexpr int64_t kFewPixels = 100, kGroup = 4;
@@ -233,7 +236,9 @@ static Network<S> network_of(const Evaluate<S>& p) {
     const Step<S>& step = p.step[grouped - 1];
     if (step.dense.weight || step.out_height * step.out_width > kFewPixels) break;
   }
-  return {p, grouped, together, grouped < together ? kGroup : 1};
+  const int64_t members = thread_count(), each = members > 1 && p.images >= kPieces * members ? kPieces : 1;
+  const int64_t group = shares_images(p.images, members) ? larger<int64_t>(1, smaller(kGroup, p.images / (members * each))) : kGroup;
+  return {p, grouped, together, grouped < together ? group : 1};
 }
 
 template <class S>
@@ -261,13 +266,14 @@ void evaluate(const Evaluate<S>& p) {
   M* gathered;
   in_team([&](const Member& member) {
     Scratch own;
-    // Members share the images, or each image's work where there are few.
-    if (member.size == 1 || p.images >= 4 * member.size || p.images % member.size == 0) {
+    if (shares_images(p.images, member.size)) {
       Room<S> own_single, own_group;
       M* own_gathered;
       rooms(own, own_single, own_group, own_gathered);
-      const Range images = share_of(member, p.images);
-      run_images(net, Member{}, own_single, own_group, own_gathered, images.begin, images.end, middle, middle_pixels);
+      share_pieces(member, ceil_div(p.images, net.group), [&](int64_t i) {
+        const int64_t first = i * net.group;
+        run_images(net, Member{}, own_single, own_group, own_gathered, first, smaller(first + net.group, p.images), middle, middle_pixels);
+      });
       meet(member);
     } else {
       if (member.rank == 0) rooms(own, single, group, gathered);

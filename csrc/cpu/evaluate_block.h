@@ -10,6 +10,8 @@ namespace MBN_ISA {
 
 MBN_INLINE Range share_of(const Member& member, int64_t count) { return share(count, member.rank, member.size); }
 
+constexpr int64_t kPieces = 4;  // of some work for each member, where that costs little
+
 template <class S>
 struct Block {
   using T = Accumulate<S>;
@@ -129,48 +131,58 @@ static const Map<S>* gate_weight(const Block<S>& b, const Accumulate<S>* gate, M
 
 // ---- The block ------------------------------------------------------------------------------------------------------------------
 
-// Output rows [begin, end) of an image, a band at a time, so that what the depthwise leaves is still in the second-level cache when it is read.
+// From a band of the depthwise's output to rows [begin, end) of an image; `from` and `to` point at the band's first row.
 template <class S>
-static void band_rows(const Block<S>& b, Source<S> from, Rows<Map<S>> out, int64_t begin, int64_t end) {
+static void project_band(const Block<S>& b, const Source<S>& source, Rows<const Map<S>> from, Rows<Map<S>> to, int64_t begin, int64_t end) {
+  using M = Map<S>;
+  constexpr int64_t P = kPanel<Accumulate<S>>;
+  const int64_t width = b.p.out_width, vectors = ceil_div(b.p.out_channels, kLanes<Accumulate<S>>);
+  if (source.kept == nullptr) {
+    const Rows<const M> residual = b.p.residual ? from_row(source.map, begin * width) : Rows<const M>{};
+    return layer_rows<S, M>(b.project, from, to, residual, 0, (end - begin) * width, 0, vectors);
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const Rows<const M> kept = {source.kept + row % source.kept_rows * width * P, source.kept_rows * width * P};
+    const int64_t at = (row - begin) * width;
+    layer_rows<S, M>(b.project, from_row(from, at), from_row(to, at), kept, 0, width, 0, vectors);
+  }
+}
+
+// Blocks without squeeze-excite, band by band, so that what the depthwise leaves is still in the second-level cache when it is read. A member goes on where its
+// last band ended; where it begins anew, it makes rows that another has made, too.
+template <class S>
+static void share_bands(const Block<S>& b, const Member& member, Source<S> from, int64_t image_step, Rows<Map<S>> out) {
   using T = Accumulate<S>;
   using M = Map<S>;
   constexpr int64_t P = kPanel<T>, kBandBytes = 192 << 10;
-  if (begin >= end) return;
   const Depthwise<S> d = depthwise_of(b.p);
-  const int64_t width = b.p.out_width, row_bytes = b.panels * P * width * int64_t(sizeof(M));
-  const int64_t rows = smaller(end - begin, larger<int64_t>(1, kBandBytes / (row_bytes * d.chunk)) * d.chunk);
+  const int64_t width = b.p.out_width, height = b.p.out_height, row_bytes = b.panels * P * width * int64_t(sizeof(M));
+  // A member alone may take an image as one band; otherwise some pieces fall to each.
+  const int64_t most = member.size == 1 ? height : ceil_div(height, kPieces * member.size);
+  const int64_t rows = smaller(most, larger<int64_t>(1, kBandBytes / (row_bytes * d.chunk)) * d.chunk), bands = ceil_div(height, rows);
   Scratch scratch;
-  const int64_t rings_kept = rows < end - begin ? d.units : 1;
+  const int64_t rings_kept = bands > 1 ? d.units : 1;
   UnitRing<S>* rings = take<UnitRing<S>>(scratch, rings_kept);
-  for (int64_t i = 0; i < rings_kept; ++i) {
-    rings[i] = take_ring(d, scratch);
-    begin_ring(d, rings[i], begin);
-  }
+  for (int64_t i = 0; i < rings_kept; ++i) rings[i] = take_ring(d, scratch);
   if (b.p.residual && b.p.dense.weight) {
     from.kept_rows = rows + d.slots;
     from.kept = take<M>(scratch, b.panels * P * from.kept_rows * width);
   }
   const Rows<M> middle = {take<M>(scratch, b.panels * rows * width * P), rows * width * P};
-  for (int64_t band = begin; band < end; band += rows) {
-    const int64_t last = smaller(band + rows, end), pixel = band * width;
+  int64_t goes_on = -1;
+  share_pieces(member, b.images * bands, [&](int64_t i) {
+    const int64_t n = i / bands, begin = i % bands * rows, end = smaller(begin + rows, height);
+    Source<S> image = from;
+    image.map = from_row(from.map, n * b.pixels), image.image.data += n * image_step;
+    const Rows<M> to = from_row(out, n * b.out_pixels + begin * width);
     for (int64_t unit = 0; unit < d.units; ++unit) {
       UnitRing<S>& ring = rings[rings_kept > 1 ? unit : 0];
-      if (rings_kept == 1 && unit > 0) begin_ring(d, ring, begin);
-      convolve_rows(d, from, unit, band, last, ring, b.projects ? middle : from_row(out, pixel), static_cast<T*>(nullptr));
+      if (begin == 0 || goes_on != i) begin_ring(d, ring, begin);
+      convolve_rows(d, image, unit, begin, end, ring, b.projects ? middle : to, static_cast<T*>(nullptr));
     }
-    if (!b.projects) continue;
-    const int64_t vectors = ceil_div(b.p.out_channels, kLanes<T>);
-    if (from.kept == nullptr) {
-      const Rows<const M> residual = b.p.residual ? from_row(from.map, pixel) : Rows<const M>{};
-      layer_rows<S, M>(b.project, {middle.data, middle.panel}, from_row(out, pixel), residual, 0, (last - band) * width, 0, vectors);
-      continue;
-    }
-    for (int64_t row = band; row < last; ++row) {
-      const Rows<const M> kept = {from.kept + row % from.kept_rows * width * P, from.kept_rows * width * P};
-      const Rows<M> rows_of = from_row(middle, (row - band) * width);
-      layer_rows<S, M>(b.project, {rows_of.data, rows_of.panel}, from_row(out, row * width), kept, 0, width, 0, vectors);
-    }
-  }
+    goes_on = i + 1;
+    if (b.projects) project_band(b, image, {middle.data, middle.panel}, to, begin, end);
+  });
 }
 
 // Whether members take bands of an image each: they make the rows between them twice, but wait for nothing and keep what they make to themselves.
@@ -192,25 +204,18 @@ static void convolve_share(const Block<S>& b, const Member& member, const Source
   const Depthwise<S> d = depthwise_of(b.p);
   Scratch scratch;
   UnitRing<S> ring = take_ring(d, scratch);
-  // A unit takes as many slots as it has vectors: slots are an even share of the work.
   const int64_t each = b.images * b.parts;
-  const Range slots = share_of(member, d.vectors * each);
   int64_t goes_on = -1;
-  for (int64_t unit = 0; unit < d.units; ++unit) {
-    const int64_t vectors = smaller(d.unit, d.vectors - unit * d.unit), first = unit * d.unit * each;
-    for (int64_t i = 0; i < each; ++i) {
-      const int64_t slot = first + i * vectors;
-      if (slot < slots.begin || slot >= slots.end) continue;
-      const int64_t n = i / b.parts, part = i % b.parts;
-      const Range rows = share(b.p.out_height, part, b.parts);
-      if (part == 0 || goes_on != unit * each + i) begin_ring(d, ring, rows.begin);
-      goes_on = unit * each + i + 1;
-      Source<S> image = from;
-      image.map = from_row(from.map, n * b.pixels), image.image.data += n * image_step;
-      convolve_rows<S>(d, image, unit, rows.begin, rows.end, ring, from_row(to, n * b.out_pixels + rows.begin * b.p.out_width),
-                       b.gated ? space.sums + (part * b.images + n) * b.panels * P : nullptr);
-    }
-  }
+  share_pieces(member, d.units * each, [&](int64_t piece) {
+    const int64_t unit = piece / each, n = piece % each / b.parts, part = piece % b.parts;
+    const Range rows = share(b.p.out_height, part, b.parts);
+    if (part == 0 || goes_on != piece) begin_ring(d, ring, rows.begin);
+    goes_on = piece + 1;
+    Source<S> image = from;
+    image.map = from_row(from.map, n * b.pixels), image.image.data += n * image_step;
+    convolve_rows<S>(d, image, unit, rows.begin, rows.end, ring, from_row(to, n * b.out_pixels + rows.begin * b.p.out_width),
+                     b.gated ? space.sums + (part * b.images + n) * b.panels * P : nullptr);
+  });
 }
 
 // Whether the gate is multiplied into the project's weight rather than into the map: by shape alone, as the two round differently.
@@ -219,10 +224,19 @@ MBN_INLINE bool gates_weight(const Block<S>& b) {
   constexpr int64_t L = kLanes<Accumulate<S>>;
   return b.gated && b.out_pixels * ceil_div(b.p.channels, L) > 2 * b.p.channels * ceil_div(b.p.out_channels, L);
 }
-// Of the project's operands members share the larger one; the other they all read.
+// How members share a project: a group of rows, which is an image where each has a gate of its own, as so many parts of its rows times so many of its columns.
+struct ProjectParts {
+  int64_t groups, rows, columns;
+  int64_t count() const { return groups * rows * columns; }
+};
 template <class S>
-MBN_INLINE bool shares_columns(const Block<S>& b, const Member& member) {
-  return !gates_weight(b) && b.p.out_channels > b.images * b.out_pixels && ceil_div(b.p.out_channels, kLanes<Accumulate<S>>) >= 2 * member.size;
+MBN_INLINE ProjectParts project_parts(const Block<S>& b, int64_t members) {
+  constexpr int64_t kLeastRows = 24;  // two tiles
+  const int64_t groups = b.gated ? b.images : 1, rows = b.images * b.out_pixels / groups;
+  if (members == 1) return {groups, 1, 1};
+  const int64_t parts = smaller(rows / kLeastRows, ceil_div(kPieces * members, groups));
+  if (groups * parts >= kPieces * members) return {groups, parts, 1};
+  return {groups, larger<int64_t>(1, smaller(ceil_div(members, groups), rows)), panels_of<Map<S>>(b.p.out_channels)};
 }
 
 template <class S>
@@ -231,31 +245,30 @@ static void project_share(const Block<S>& b, const Member& member, Rows<Map<S>> 
   using T = Accumulate<S>;
   using M = Map<S>;
   constexpr int64_t P = kPanel<T>;
-  const int64_t rows = b.images * b.out_pixels, vectors = ceil_div(b.p.out_channels, kLanes<T>);
-  const bool by_columns = shares_columns(b, member);
-  const Range mine = by_columns ? Range{0, rows} : share_of(member, rows), columns = by_columns ? share_of(member, vectors) : Range{0, vectors};
+  const ProjectParts parts = project_parts(b, member.size);
+  const int64_t rows = b.images * b.out_pixels / parts.groups, vectors = ceil_div(b.p.out_channels, kLanes<T>), panels = panels_of<M>(b.p.out_channels);
   const Rows<const M> residual = b.p.residual ? x : Rows<const M>{};
-  if (!b.gated) return layer_rows<S, M>(b.project, {from.data, from.panel}, out, residual, mine.begin, mine.end, columns.begin, columns.end);
+  const bool in_weight = gates_weight(b), in_map = b.gated && !in_weight;
+  if (in_map && member.size > 1) {  // a row's columns may fall to several members, so all rows come first
+    const Range mine = share_of(member, b.images * rows);
+    for (int64_t n = 0; n < b.images; ++n) gate_rows(b, from, space.gate + n * P, larger(mine.begin, n * rows), smaller(mine.end, (n + 1) * rows));
+    meet(member);
+  }
   Scratch scratch;
-  const bool in_weight = gates_weight(b);
   M* weight = in_weight ? take<M>(scratch, weight_size<M>(b.p.out_channels, b.p.channels)) : nullptr;
-  const Range gated = share_of(member, rows);  // not `mine` where columns are shared: then each row is gated by one member for all
-  for (int64_t n = 0; n < b.images; ++n) {
-    const int64_t first = n * b.out_pixels;
-    const Range part = {larger(gated.begin, first), smaller(gated.end, first + b.out_pixels)};
-    if (length(part) <= 0) continue;
-    const T* gate = space.gate + n * P;
+  int64_t weight_of = -1;
+  share_pieces(member, parts.count(), [&](int64_t i) {
+    const int64_t group = i / (parts.rows * parts.columns), first = group * rows;
+    const Range part = share(rows, i / parts.columns % parts.rows, parts.rows), columns = share(panels, i % parts.columns, parts.columns);
     Layer<S> layer = b.project;
     if (in_weight) {
-      layer.weight = gate_weight(b, gate, weight);
-    } else {
-      gate_rows(b, from, gate, part.begin, part.end);
+      if (weight_of != group) gate_weight(b, space.gate + group * P, weight), weight_of = group;
+      layer.weight = weight;
     }
-    if (!by_columns) layer_rows<S, M>(layer, {from.data, from.panel}, out, residual, part.begin, part.end, 0, vectors);
-  }
-  if (!by_columns) return;
-  meet(member);
-  layer_rows<S, M>(b.project, {from.data, from.panel}, out, residual, mine.begin, mine.end, columns.begin, columns.end);
+    if (in_map && member.size == 1) gate_rows(b, from, space.gate + group * P, first, first + rows);
+    layer_rows<S, M>(layer, {from.data, from.panel}, out, residual, first + part.begin, first + part.end, columns.begin * kPanelVectors,
+                     smaller(vectors, columns.end * kPanelVectors));
+  });
 }
 
 // A dense convolution alone.
@@ -289,15 +302,7 @@ static void run_block(const Step<S>& p, int64_t images, const Member& member, Ro
   const Source<S> from = {x, image, nullptr, 0};
   if (!b.spatial && p.dense.weight) return dense_share(p, images, member, image, image_step, out);
   if (!b.spatial) return project_share(b, member, {const_cast<M*>(x.data), x.panel}, x, out, space);
-  if (shares_rows(b, member)) {
-    const Range rows = share_of(member, p.out_height);
-    for (int64_t n = 0; n < images; ++n) {
-      Source<S> one = from;
-      one.map = from_row(x, n * b.pixels), one.image.data += n * image_step;
-      band_rows(b, one, from_row(out, n * b.out_pixels), rows.begin, rows.end);
-    }
-    return;
-  }
+  if (shares_rows(b, member)) return share_bands(b, member, from, image_step, out);
   if (!b.projects) return convolve_share(b, member, from, image_step, out, space);
   const Rows<M> middle = {space.middle, images * b.out_pixels * kPanel<Accumulate<S>>};
   convolve_share(b, member, from, image_step, middle, space);

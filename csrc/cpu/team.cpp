@@ -4,12 +4,18 @@
 
 #include <atomic>
 #include <chrono>
+#include <memory>
 
 #include "runtime.h"
 
 namespace mbn {
 
 struct Team {
+  // How many pieces of a member's share are taken from its front, and, times kBack, from its back.
+  struct alignas(64) Taken {
+    std::atomic<int64_t> pieces{0};
+  };
+  std::unique_ptr<Taken[]> taken;
   std::atomic<int64_t> joined{0};  // kShare for each share of the work that has come, one for each thread; -1: closed
   std::atomic<int64_t> size{0};    // 0: not closed yet
   std::atomic<int64_t> waiting{0}, round{0};
@@ -17,7 +23,7 @@ struct Team {
 
 namespace {
 
-constexpr int64_t kShare = int64_t{1} << 32;
+constexpr int64_t kShare = int64_t{1} << 32, kBack = int64_t{1} << 32;
 
 // The thread pool promises neither that threads start at once nor that they run at the same time: the first to come waits so long for the others.
 // Whoever comes later finds the work done.
@@ -60,6 +66,7 @@ void run_team(void (*body)(const Member&, void*), void* context) {
     void (*body)(const Member&, void*);
     void* context;
   } call = {{}, all, body, context};
+  call.team.taken.reset(new Team::Taken[size_t(all)]);
   run_parallel(
       all,
       [](int64_t begin, int64_t end, void* given) {
@@ -75,10 +82,24 @@ void meet(const Member& member) {
   const int64_t round = team.round.load();
   if (team.waiting.fetch_add(1) + 1 == member.size) {
     team.waiting.store(0);
+    for (int64_t i = 0; i < member.size; ++i) team.taken[size_t(i)].pieces.store(0);
     team.round.store(round + 1);
   } else {
     spin_until([&] { return team.round.load() != round; });
   }
+}
+
+int64_t take_piece(const Member& member, int64_t pieces) {
+  for (int64_t i = 0; i < member.size; ++i) {
+    const int64_t who = (member.rank + i) % member.size;
+    const Range own = share(pieces, who, member.size);
+    std::atomic<int64_t>& taken = member.team->taken[size_t(who)].pieces;
+    for (int64_t found = taken.load(); found % kBack + found / kBack < own.end - own.begin;) {
+      if (!taken.compare_exchange_weak(found, found + (i == 0 ? 1 : kBack))) continue;
+      return i == 0 ? own.begin + found % kBack : own.end - 1 - found / kBack;
+    }
+  }
+  return -1;
 }
 
 }  // namespace mbn

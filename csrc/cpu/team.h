@@ -4,7 +4,15 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace mbn {
+
+struct Range {
+  int64_t begin, end;
+};
+// Part i of n of [0, count): parts differ by one at most, so that no thread is left with the largest.
+MBN_INLINE Range share(int64_t count, int64_t i, int64_t n) { return {count * i / n, count * (i + 1) / n}; }
 
 struct Team;
 struct Member {
@@ -17,5 +25,9 @@ void run_team(void (*body)(const Member&, void*), void* context);
 
 // Returns when every member has come here.
 void meet(const Member& member);
+
+// The next of `pieces` pieces of work, or -1 when all are taken: first those of this member's own share, in order, then what others have left of theirs, from its
+// end. Processors that others use too are not equally fast. Members of a team share one piece of work between two meetings.
+int64_t take_piece(const Member& member, int64_t pieces);
 
 }  // namespace mbn

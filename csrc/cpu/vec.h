@@ -226,6 +226,16 @@ MBN_INLINE void in_team(const F& f) {
   run_team([](const Member& member, void* context) { (*static_cast<const F*>(context))(member); }, const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// Calls f(piece) for the pieces that fall to this member.
+template <class F>
+MBN_INLINE void share_pieces(const Member& member, int64_t pieces, const F& f) {
+  if (member.size == 1) {
+    for (int64_t i = 0; i < pieces; ++i) f(i);
+  } else {
+    for (int64_t i; (i = take_piece(member, pieces)) >= 0;) f(i);
+  }
+}
+
 template <class T>
 MBN_INLINE T* take(Scratch& scratch, int64_t count) {
   return static_cast<T*>(scratch.bytes(size_t(count) * sizeof(T)));
