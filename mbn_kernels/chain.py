@@ -40,15 +40,13 @@ WEIGHT, NORM, RUNNING, BIAS, GATE = (
     ("bias",),
     ("w1", "b1", "w2", "b2"),
 )
-#: What stands before and behind a network's blocks; a backend may evaluate it (:meth:`Kernels.evaluates`), no chain
-#: differentiates it. "dense" is a convolution with all channels of few, "pool" the mean over the image.
-ENDS = ("dense", "pool")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage computes. ``conv`` is "pointwise", "depthwise", "none" or one of :data:`ENDS`; ``norm`` is
-    "batch", "running", "none" or, as in a linear layer at the end of a network, "bias".
+    """What one stage computes. ``conv`` is "pointwise", "depthwise", "dense", as a network's stem is, or "none";
+    ``norm`` is "batch", "running" or "none". No chain differentiates, but a backend may evaluate
+    (:meth:`Kernels.evaluates`) the ``conv`` "pool", the mean over the image, and the ``norm`` "bias" of a linear layer.
     """
 
     conv: str
@@ -116,6 +114,12 @@ def stage_spec(
 def chain_spec(name: str, stages: Sequence[str]) -> str:
     """A chain as text: the name that errors and profiles show, then its stages."""
     return name + ": " + "; ".join(stages)
+
+
+def joined_spec(first: str, second: str) -> str:
+    """Two chains as one, the second behind the first."""
+    (first_name, _, first_stages), (name, _, stages) = first.partition(": "), second.partition(": ")
+    return chain_spec(f"{first_name}+{name}", (first_stages, stages))
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +232,9 @@ class Kernels(Protocol):
 
     def pointwise_forward(self, u: Value, weight: Tensor, statistics: bool): ...
     def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool): ...
+    def statistics(self, y: Tensor):
+        """Those of a raw output that PyTorch made."""
+
     def pool(self, u: Value) -> Tensor:
         """Mean of the value over H and W: ``[N, C]``."""
 
@@ -261,6 +268,12 @@ class Kernels(Protocol):
     ): ...
 
 
+_CONVOLUTION, _CONVOLUTION_BACKWARD = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -278,6 +291,9 @@ def forward(
             y, found = kernels.pointwise_forward(u, p["weight"], batch)
         elif stage.conv == "depthwise":
             y, found = kernels.depthwise_forward(u, p["weight"], stage, batch)
+        elif stage.conv == "dense":
+            y = _convolve(kernels, u, p["weight"], stage)
+            found = kernels.statistics(y) if batch else None
         else:
             y, found = u.y, None
         if stage.conv != "none" and save:
@@ -295,6 +311,49 @@ def forward(
             if save:
                 saved += [pooled, u.gate]
     return kernels.materialize(u, x if residual else None), statistics, saved
+
+
+# A dense convolution is PyTorch's own: of few channels, as in a stem, a library makes the best of it.
+
+
+def _convolve(kernels: Kernels, u: Value, weight: Tensor, stage: Stage) -> Tensor:
+    x, padding = _padded(kernels, u, stage)
+    return _channels_last(_CONVOLUTION(x, weight, None, stage.stride, padding, stage.dilation, False, (0, 0), 1))
+
+
+def _dense_backward(
+    kernels: Kernels, g: Gradient, weight, stage: Stage, u: Value, norm, residual, want_du, want_sums, want_dweight
+):
+    """As the backward kernels of :class:`Kernels`."""
+    if not (want_du or want_dweight):
+        return None, None, None
+    dy = _channels_last(kernels.materialize_gradient(g, None))
+    x, padding = _padded(kernels, u, stage)
+    if x.shape[3] == 1:  # of one channels-last column oneDNN leaves numbers of a bfloat16 weight's gradient unwritten
+        x = x.clone(memory_format=torch.contiguous_format)
+    window, wants = (stage.stride, padding, stage.dilation, False, (0, 0), 1), (want_du, want_dweight, False)
+    du, dweight, _ = _CONVOLUTION_BACKWARD(dy, x, weight, None, *window, wants)
+    if want_du:
+        if x.shape != u.y.shape:
+            du = du[:, :, stage.padding[0] :, stage.padding[2] :][:, :, : u.y.shape[2], : u.y.shape[3]]
+        du = _channels_last(du if residual is None else du + residual)
+    return du, kernels.reduce_gradient(du, u, norm) if want_sums else None, dweight
+
+
+def _padded(kernels: Kernels, u: Value, stage: Stage) -> tuple[Tensor, tuple[int, int]]:
+    """(the value as a convolution takes it in, the padding left for the convolution): it knows no uneven one."""
+    deferred = u.scale is not None or u.act != "identity" or u.gate is not None
+    x = _channels_last(kernels.materialize(u, None) if deferred else u.y)
+    top, bottom, left, right = stage.padding
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return torch.nn.functional.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """With the very strides of fresh memory, also where a size is 1: a library reads the layout off them."""
+    _, c, h, w = t.shape
+    return t.contiguous(memory_format=torch.channels_last).as_strided(t.shape, (h * w * c, 1, w * c, c))
 
 
 def _norm(kernels: Kernels, stage: Stage, p: dict, y: Tensor, statistics) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -363,10 +422,15 @@ def backward(
             dv = kernels.materialize_gradient(g, skip) if want_du else None
             sums = None
         else:
-            extra = () if stage.conv == "pointwise" else (stage,)
-            run = kernels.pointwise_backward if stage.conv == "pointwise" else kernels.depthwise_backward
             wants = (want_du, want_du and i > 0, wanted[i]["weight"])
-            dv, sums, gradients[i]["weight"] = run(g, p["weight"], *extra, source.value, source.norm, skip, *wants)
+            behind = (source.value, source.norm, skip, *wants)
+            if stage.conv == "pointwise":
+                found = kernels.pointwise_backward(g, p["weight"], *behind)
+            elif stage.conv == "depthwise":
+                found = kernels.depthwise_backward(g, p["weight"], stage, *behind)
+            else:
+                found = _dense_backward(kernels, g, p["weight"], stage, *behind)
+            dv, sums, gradients[i]["weight"] = found
         if not want_du:
             break
         dx = dv

@@ -43,6 +43,7 @@ KERNEL_SCHEMAS = {
     "pool": f"{_VALUE}, Tensor(a!) pooled",
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
     "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",
+    "statistics": "Tensor y, Tensor(a!) mean, Tensor(b!) var",
     "reduce_gradient": f"Tensor dv, {_VALUE}, Tensor? mean, Tensor? rstd, Tensor(a!) sums",
 }
 

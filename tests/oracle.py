@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,9 @@ STOCK_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 # Chains ---------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class StageCase:
-    """One stage of a case: the fields of :func:`mbn_kernels.chain.stage_spec`, and a pointwise stage's output width."""
+    """One stage of a case: the fields of :func:`mbn_kernels.chain.stage_spec`, and a pointwise or dense stage's output
+    width.
+    """
 
     conv: str
     out: int = 0
@@ -91,6 +93,10 @@ def dw(k: int | tuple[int, int], act: str = "identity", *, stride=1, padding=Non
         padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True) for _ in range(2))
     padding = (padding,) * 4 if isinstance(padding, int) else padding
     return StageCase("depthwise", 0, kernel, stride, padding, dilation, act, **fields)
+
+
+def dense(out: int, k: int | tuple[int, int], act: str = "identity", **fields) -> StageCase:
+    return replace(dw(k, act, **fields), conv="dense", out=out)
 
 
 def se(act: str = "relu", gate: str = "hardsigmoid") -> StageCase:
@@ -151,6 +157,10 @@ def make_tensors(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) 
         if stage.conv == "pointwise":
             p["weight"] = randn(stage.out, channels, 1, 1) / max(channels, 1) ** 0.5
             channels = stage.out
+        elif stage.conv == "dense":
+            taps = channels * stage.kernel[0] * stage.kernel[1]
+            p["weight"] = randn(stage.out, channels, *stage.kernel) / max(taps, 1) ** 0.5
+            channels = stage.out
         elif stage.conv == "depthwise":
             p["weight"] = randn(channels, 1, *stage.kernel) / (stage.kernel[0] * stage.kernel[1]) ** 0.5
         if stage.norm and stage.affine:
@@ -200,11 +210,12 @@ def stock_chain(case: Case, t: Tensors, training: bool, momentum: float = 0.1, s
     for i, (stage, p) in enumerate(zip(case.stages, t.stages, strict=True)):
         if stage.conv == "pointwise":
             h = F.conv2d(h, p["weight"])
-        elif stage.conv == "depthwise":
+        elif stage.conv in ("depthwise", "dense"):
             top, bottom, left, right = stage.padding
             pads = (top, left) if (top, left) == (bottom, right) else 0  # else padded beforehand
             h = h if pads else F.pad(h, (left, right, top, bottom))
-            h = F.conv2d(h, p["weight"], None, stage.stride, pads, stage.dilation, h.shape[1])
+            groups = h.shape[1] if stage.conv == "depthwise" else 1
+            h = F.conv2d(h, p["weight"], None, stage.stride, pads, stage.dilation, groups)
         if stage.norm:
             running = p["running_mean"], p["running_var"]
             h = F.batch_norm(h, *running, p.get("bn_weight"), p.get("bn_bias"), training, momentum, stage.eps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import ACTS, Case, dw, fused_chain, fused_functional, in_each_mode, mode_id, prepare, pw, se
+from oracle import ACTS, Case, dense, dw, fused_chain, fused_functional, in_each_mode, mode_id, prepare, pw, se
 
 import mbn_kernels
 
@@ -36,12 +36,17 @@ CHAINS = (
     Case("inverted-residual-gate", (2, 3, 5, 4), (pw(6, "hardswish"), dw(3, "hardswish", stride=2, gate=GATE), pw(4))),
     Case("inverted-residual-gate-residual", (2, 3, 4, 3),
          (pw(4, "hardswish"), dw(5, "hardswish", gate=GATE), pw(3)), True),
+    Case("dense", (2, 3, 6, 5), (dense(4, 3, "hardswish", stride=2),)),
+    Case("dense-dilated", (2, 2, 7, 6), (dense(3, (3, 2), "silu", dilation=(2, 1), padding=(2, 1, 0, 3)),)),
+    Case("dense-residual", (2, 3, 4, 5), (dense(3, 3, "relu6", affine=False),), True),
+    Case("stem", (2, 3, 7, 6), (dense(4, 3, "hardswish", stride=2), dw(3, "relu", gate=GATE), pw(3))),
+    Case("dense-behind", (2, 3, 4, 5), (pw(4, "hardswish", gate=GATE), dense(3, 3, "silu"))),
     Case("norm-in-the-middle-only", (2, 3, 4, 4), (pw(6, norm=False), dw(3, "hardswish"), pw(3, norm=False)), True),
 )  # fmt: skip
 
 
 # Whole Jacobians of these; random projections, which are much faster, of the others.
-WHOLE = ("depthwise-odd", "pointwise-residual", "squeeze-excite", "inverted-residual-gate-residual")
+WHOLE = ("depthwise-odd", "pointwise-residual", "squeeze-excite", "inverted-residual-gate-residual", "stem")
 
 
 def check(f, case: Case, training: bool) -> None:

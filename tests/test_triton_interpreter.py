@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from oracle import ACTS, Case, Tensors, compare_case, dw, fused_chain, make_tensors, mode_id, pw, run, se
+from oracle import ACTS, Case, Tensors, compare_case, dense, dw, fused_chain, make_tensors, mode_id, pw, run, se
 from torch import Tensor
 
 import mbn_kernels
@@ -101,6 +101,8 @@ BLOCKS = (
     Case("gate-last-residual", (2, 3, 5, 4), (dw(3, "hardswish", gate=GATE),), True),
     Case("no-image", (0, 4, 6, 5), (pw(8, "hardswish"), dw(3, "hardswish", gate=GATE), pw(4)), True),
     Case("1x1-map", (5, 3, 1, 1), (pw(6, "hardswish"), dw(5, "hardswish", gate=GATE), pw(3)), True),
+    Case("stem", (2, 3, 9, 7), (dense(19, 3, "hardswish", stride=2), dw(3, "relu", gate=GATE), pw(6))),
+    Case("dense-between", (2, 4, 5, 6), (pw(5, "relu"), dense(3, 3, "silu", padding=(0, 1, 2, 1)), dw(3, "relu"))),
 )
 
 

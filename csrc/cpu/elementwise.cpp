@@ -1,4 +1,4 @@
-// torch.ops.mbn.pool, materialize, materialize_gradient and reduce_gradient on CPU tensors.
+// torch.ops.mbn.pool, materialize, materialize_gradient, statistics and reduce_gradient on CPU tensors.
 #include "binding.h"
 
 namespace mbn {
@@ -58,6 +58,21 @@ void materialize_gradient(const Tensor& g_dv, const OptionalTensor& g_y, const O
   });
 }
 
+void statistics(const Tensor& y, const Tensor& mean, const Tensor& var) {
+  constexpr const char* op = "statistics";
+  by_dtype(op, "y", y, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const Shape shape = shape_of(op, "y", y);
+    Statistics<S> p;
+    p.rows = shape.images * shape.pixels();
+    p.channels = shape.channels;
+    p.y = activations<S>(op, "y", y, shape);
+    p.mean = dense_out<Accumulate<S>>(op, "mean", mean, shape.channels);
+    p.var = dense_out<Accumulate<S>>(op, "var", var, shape.channels);
+    kernels_for<S>().statistics(p);
+  });
+}
+
 void reduce_gradient(const Tensor& dv, const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor& u_shift,
                      const OptionalTensor& u_gate, int64_t u_act, const OptionalTensor& mean, const OptionalTensor& rstd,
                      const Tensor& sums) {
@@ -81,5 +96,6 @@ STABLE_TORCH_LIBRARY_IMPL(mbn, CPU, m) {
   m.impl("pool", TORCH_BOX(&mbn::pool));
   m.impl("materialize", TORCH_BOX(&mbn::materialize));
   m.impl("materialize_gradient", TORCH_BOX(&mbn::materialize_gradient));
+  m.impl("statistics", TORCH_BOX(&mbn::statistics));
   m.impl("reduce_gradient", TORCH_BOX(&mbn::reduce_gradient));
 }

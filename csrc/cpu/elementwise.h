@@ -1,4 +1,5 @@
-// The kernels without a convolution: pooling a value, writing a value or a gradient out, and the sums of a gradient that arrives from outside.
+// The kernels without a convolution: pooling a value, writing a value or a gradient out, the statistics of an output that another library made, and the
+// sums of a gradient that arrives from outside.
 #pragma once
 
 #include "sums.h"
@@ -163,6 +164,48 @@ void materialize_gradient(const MaterializeGradient<S>& p) {
       });
     });
   });
+}
+
+// Of blocks of rows that stay in the first-level cache, each about an estimate from its first rows.
+template <class S>
+void statistics(const Statistics<S>& p) {
+  using T = Accumulate<S>;
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kRows = 256, kFirstRows = 16, kWorthATask = 8192;
+  const int64_t blocks = ceil_div(p.rows, kRows), channels = p.channels;
+  const auto rows_of = [&](int64_t b) { return smaller(kRows, p.rows - b * kRows); };
+  Scratch scratch;
+  double* moments = take<double>(scratch, blocks * 2 * channels);
+  const auto run = [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t rows = rows_of(b), first_rows = smaller(rows, kFirstRows);
+      for (int64_t c = 0; c < channels; c += L) {
+        with_lanes<T>(int(smaller(int64_t{L}, channels - c)), [&](auto count) {
+          const S* y = p.y + b * kRows * channels + c;
+          Vec<T> about = {}, sum[4] = {}, square[4] = {};  // four chains of additions: one would wait for itself
+          for (int64_t r = 0; r < first_rows; ++r) about += load(y + r * channels, count);
+          about *= T(1) / T(first_rows);
+          const auto add = [&](int64_t r, int chain) {
+            const Vec<T> d = load(y + r * channels, count) - about;
+            sum[chain] += d;
+            square[chain] += d * d;
+          };
+          int64_t r = 0;
+          for (; r + 4 <= rows; r += 4) add(r, 0), add(r + 1, 1), add(r + 2, 2), add(r + 3, 3);
+          for (; r < rows; ++r) add(r, 0);
+          const Moments<T> found = {about, (sum[0] + sum[1]) + (sum[2] + sum[3]), (square[0] + square[1]) + (square[2] + square[3])};
+          double* to = moments + b * 2 * channels + c;
+          store_moments(found, rows, to, to + channels, count);
+        });
+      }
+    }
+  };
+  if (p.rows * ceil_div(channels, int64_t{L}) < 2 * kWorthATask) {
+    run(int64_t{0}, blocks);
+  } else {
+    parallel_tasks(blocks, run);
+  }
+  merge_moments(blocks, channels, moments, rows_of, p.mean, p.var);
 }
 
 template <class S, int Q>

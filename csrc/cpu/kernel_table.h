@@ -17,5 +17,5 @@
   {                                                                                                                                  \
     MBN_ISA::pointwise_forward<S>, MBN_ISA::pointwise_backward<S>, MBN_ISA::depthwise_forward<S>, MBN_ISA::depthwise_backward<S>,    \
         MBN_ISA::pool<S>, MBN_ISA::materialize<S>, MBN_ISA::materialize_gradient<S>, MBN_ISA::reduce_gradient<S>,                    \
-        MBN_EVALUATION_OF(S)                                                                                                         \
+        MBN_ISA::statistics<S>, MBN_EVALUATION_OF(S)                                                                                 \
   }

@@ -29,6 +29,7 @@ struct Kernels {
   void (*materialize)(const Materialize<S>&);
   void (*materialize_gradient)(const MaterializeGradient<S>&);
   void (*reduce_gradient)(const ReduceGradient<S>&);
+  void (*statistics)(const Statistics<S>&);
   Evaluation<S> evaluation;
 };
 

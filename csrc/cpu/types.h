@@ -176,6 +176,15 @@ struct MaterializeGradient {  // out = dy + residual
 };
 
 template <class S>
+struct Statistics {  // of a raw output that another library made
+  using T = Accumulate<S>;
+  int64_t rows, channels;  // rows: images * pixels
+  const S* y;
+  T* mean;
+  T* var;  // biased
+};
+
+template <class S>
 struct ReduceGradient {  // the sums of a gradient that arrives from outside, at the last stage
   int64_t images, pixels, channels;
   const S* dv;

@@ -265,6 +265,11 @@ class CpuKernels:
             return y, (None, None)
         return y, (_vectors(like, shape[1]), _vectors(like, shape[1]))
 
+    def statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        found = _vectors(y, y.shape[1]), _vectors(y, y.shape[1])
+        _ops.statistics(y, *found)
+        return found
+
     def evaluates(self, chain: Chain, residual: bool) -> bool:
         return _evaluates(chain, residual)
 

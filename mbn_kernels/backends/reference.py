@@ -139,11 +139,13 @@ class ReferenceKernels:
     @staticmethod
     def _with_statistics(like: Tensor, result: Tensor, statistics: bool):
         y = _stored(like, result)
-        if not statistics:
-            return y, None
-        kept = y.to(result.dtype)  # the statistics are those of the stored numbers
-        mean = kept.mean((0, 2, 3))
-        return y, (mean, (kept - _over_channels(mean)).square().mean((0, 2, 3)))  # of no values NaN, without a warning
+        return y, ReferenceKernels.statistics(y) if statistics else None  # those of the stored numbers
+
+    @staticmethod
+    def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+        y = y.to(accumulate_dtype(y.dtype))
+        mean = y.mean((0, 2, 3))
+        return mean, (y - _over_channels(mean)).square().mean((0, 2, 3))  # of no values NaN, without a warning
 
     def pool(self, u: Value) -> Tensor:
         return value(u).mean((2, 3))

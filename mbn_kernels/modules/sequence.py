@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
-from ..chain import parse
+from ..chain import joined_spec, parse
 from ..functional import evaluates, runs_directly
 from .ends import Head, stem_call
 from .fused import Call, FusedModule, has_hook
@@ -62,9 +62,12 @@ def run_in_turn(owner: KeepsEvaluation, parts: list[nn.Module], x: Tensor, head:
     """The parts of ``owner`` one behind the other, as :class:`FusedSequential` does, and the head; a stem in front of
     the others and the head are in the same call.
     """
-    if torch.is_grad_enabled() or not isinstance(x, Tensor) or not runs_directly(x):
+    if not isinstance(x, Tensor) or not runs_directly(x):
         return _one_by_one(parts, x, head)
     backend = backends.choose(x.device, x.dtype)
+    if torch.is_grad_enabled():
+        call, count = _front(parts, x, backend)
+        return _one_by_one(parts[count:], call(x) if call else x, head)
     kept, everything = owner._kept, [*parts, *(head.modules() if head else ())]
     if kept and kept.children is owner._modules and kept.backend == backend and kept.holds(everything):
         try:
@@ -104,6 +107,27 @@ def _keep(
     owner.__dict__["_kept"] = _Kept(owner._modules, parts, Watch(parts), backend, run, flat)
 
 
+def _front(parts: list[nn.Module], x: Tensor, backend: str) -> tuple[Call | None, int]:
+    """Where gradients are wanted, a stem in front as a chain, and how many parts that is: with the block behind it,
+    if this adds no residual to the stem's map, that map is not stored.
+    """
+    # Elsewhere than on a CPU this was not measured.
+    if backend != "cpu" or backends.why_unsupported(x.device, x.dtype) or not parts:
+        return None, 0
+    stem = None if isinstance(parts[0], FusedModule) else stem_call(parts[0])
+    if stem is None or parse(stem.spec).stages[0].group is not None:
+        return None, 0
+    block = _block_call(parts[1]) if len(parts) > 1 and isinstance(parts[1], FusedModule) else None
+    if block and not block.residual and not block.drops:
+        spec = joined_spec(stem.spec, block.spec)
+        call, count = Call(spec, stem.params + block.params, stem.running + block.running, False), 2
+    else:
+        call, count = stem, 1
+    plain = all(type(p) in (Tensor, nn.Parameter) for p in call.params)
+    wanted = x.requires_grad or any(p.requires_grad for p in call.params)
+    return (call, count) if plain and wanted else (None, 0)
+
+
 def _one_by_one(parts: list[nn.Module], x: Tensor, head: Head | None) -> Tensor:
     for part in parts:
         x = part(x)
@@ -114,8 +138,12 @@ def _calls(part: nn.Module, first: bool) -> list[Call] | None:
     if not isinstance(part, FusedModule):
         call = stem_call(part) if first else None
     else:
-        call = None if has_hook(part) or "forward" in part.__dict__ else part.call()
+        call = _block_call(part)
     return None if call is None else [call]
+
+
+def _block_call(block: FusedModule) -> Call | None:
+    return None if has_hook(block) or "forward" in block.__dict__ else block.call()
 
 
 def _evaluates(call: Call, backend: str) -> bool:

@@ -39,6 +39,7 @@ class TritonKernels:
     evaluate_checks = False
     convolve_depthwise = staticmethod(convolutions.depthwise_forward)
     differentiate_depthwise = staticmethod(convolutions.depthwise_backward)
+    statistics = staticmethod(elementwise.statistics)
     pool = staticmethod(elementwise.pool)
     materialize = staticmethod(elementwise.materialize)
     materialize_gradient = staticmethod(elementwise.materialize_gradient)
