@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 # install copied there for the wheel is removed, as modules that are gone would be in the next one.
 test-cuda-build: $(VENV_CUDA)/.torch
 	rm -rf build/torch-*/lib.*
-	MBN_BUILD_CUDA=1 $(VENV_CUDA)/bin/python -m pip install --no-deps .
+	MBN_BUILD_CPU=0 MBN_BUILD_CUDA=1 $(VENV_CUDA)/bin/python -m pip install --no-deps .
 	cd $(VENV_CUDA) && bin/python -W ignore $(CURDIR)/tests/check_cuda_build.py
 
 demo: $(VENV)/.installed-demo

@@ -2,6 +2,7 @@
 
 Both are built against the torch of the environment that they are installed into. MBN_BUILD_CUDA=1 makes it an error
 that the CUDA kernels cannot be built, MBN_BUILD_CUDA=0 leaves them out; TORCH_CUDA_ARCH_LIST chooses their GPUs.
+MBN_BUILD_CPU=0 leaves the CPU kernels out.
 """
 
 import glob
@@ -134,10 +135,11 @@ def extension(make, name, folder, *macros):
 def extensions():
     """The libraries to build. The CUDA kernels have their own: the CPU's loads where there is no CUDA runtime."""
     cpu = extension(cpp_extension.CppExtension, "mbn_kernels._C", "csrc/cpu")
+    cpu = [] if NO_CPU else [cpu]
     if NO_CUDA:
-        return [cpu]
+        return cpu
     # USE_CUDA: torch's headers then declare how to ask for its stream.
-    return [cpu, extension(cpp_extension.CUDAExtension, "mbn_kernels._CUDA", "csrc/cuda", ("USE_CUDA", None))]
+    return [*cpu, extension(cpp_extension.CUDAExtension, "mbn_kernels._CUDA", "csrc/cuda", ("USE_CUDA", None))]
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -150,9 +152,13 @@ class BuildExtension(cpp_extension.BuildExtension):
         compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
         if shutil.which(compiler) is None:
             sys.exit(f"mbn_kernels needs a C++ compiler and found no `{compiler}`: install g++ or clang, or set CXX.")
-        cpu, *cuda = self.extensions
+        cpu = [] if NO_CPU else self.extensions[:1]
+        cuda = self.extensions[len(cpu) :]
+        words = (
+            f"the CPU kernels ({len(cpu[0].sources)} sources)" if cpu else "none of the CPU kernels (MBN_BUILD_CPU=0)"
+        )
         print(
-            f"mbn_kernels: building the CPU kernels ({len(cpu.sources)} sources) against torch {torch.__version__}, "
+            f"mbn_kernels: building {words} against torch {torch.__version__}, "
             f"stable ABI for torch>=2.11 and Python>=3.10",
             flush=True,
         )
@@ -163,7 +169,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                 "(without MBN_BUILD_CUDA they are left out)."
             )
         if reason:
-            self.extensions = [cpu]
+            self.extensions = cpu
             words = f"without the CUDA kernels: {reason}"
         else:
             chosen = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", ", ")
@@ -181,6 +187,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 NO_CUDA = why_no_cuda()
+NO_CPU = os.environ.get("MBN_BUILD_CPU") == "0"
 BUILD = os.path.join("build", f"torch-{torch.__version__}")  # what another torch needs is kept apart
 
 setup(

@@ -210,6 +210,14 @@ def test_setup_leaves_cuda_out_on_request(tmp_path):
     assert result.stderr == "mbn_kernels: MBN_BUILD_CUDA: expected 0, 1 or nothing, got 'yes'\n"
 
 
+def test_setup_leaves_the_cpu_out_on_request(tmp_path):
+    result = run_setup(tmp_path, MBN_BUILD_CPU="0")
+    assert result.returncode == 0, result.stderr
+    cpu, _, last = result.stdout.splitlines()
+    assert cpu.startswith("mbn_kernels: building none of the CPU kernels (MBN_BUILD_CPU=0) against torch 2.14.0")
+    assert list(json.loads(last)[0]) == ["mbn_kernels._CUDA"]
+
+
 def run_doctor(*arguments: str) -> str:
     command = [sys.executable, "-m", "mbn_kernels", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
