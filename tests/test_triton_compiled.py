@@ -86,26 +86,28 @@ class Compiled(NamedTuple):
     spilled: int  # bytes of stack
     shared: int
     ptx: str
-    sass: str
+    cubin: bytes
 
     def count(self, pattern: str) -> int:
-        return len(re.findall(pattern, self.sass))
+        return len(re.findall(pattern, tool("-sass", self.cubin)))
 
 
-def tool(*arguments: str) -> str:
-    """Runs the cuobjdump that Triton brings along."""
+@functools.lru_cache(maxsize=2)  # to disassemble a kernel takes longer than all else here
+def tool(what: str, cubin: bytes) -> str:
+    """What the cuobjdump that Triton brings along prints of a kernel."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([program, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(launch: Launch, architecture: int) -> Compiled:
     binary = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=options(launch))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        used, sass = tool("-res-usage", file.name), tool("-sass", file.name)
+    cubin = binary.asm["cubin"]
+    used = tool("-res-usage", cubin)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", used)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Compiled(registers, stack + local, binary.metadata.shared, binary.asm["ptx"], sass)
+    return Compiled(registers, stack + local, binary.metadata.shared, binary.asm["ptx"], cubin)
 
 
 def title(launch: Launch, architecture: int) -> str:
