@@ -268,12 +268,6 @@ class Kernels(Protocol):
     ): ...
 
 
-_CONVOLUTION, _CONVOLUTION_BACKWARD = (
-    torch.ops.aten.convolution.default,
-    torch.ops.aten.convolution_backward.default,
-)
-
-
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -314,6 +308,8 @@ def forward(
 
 
 # A dense convolution is PyTorch's own: of few channels, as in a stem, a library makes the best of it.
+_CONVOLUTION = torch.ops.aten.convolution.default
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
 def _convolve(kernels: Kernels, u: Value, weight: Tensor, stage: Stage) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every network here is made of: a stock stem, fused blocks, a last 1x1 convolution and a classifier."""
+"""What every network here is made of: a stem of stock modules, fused blocks, a last 1x1 convolution, a classifier."""
 
 from __future__ import annotations
 

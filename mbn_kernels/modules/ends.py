@@ -1,7 +1,6 @@
-"""What stands before and behind a network's blocks, for evaluation in one call with them: a dense stem; the pool and
-the linear layers.
+"""What stands before and behind a network's blocks, as chains: a dense stem; the pool and the linear layers.
 
-They are stock modules, and run as such wherever a gradient is wanted.
+They are stock modules; where a gradient is wanted, the pool and the linear layers run as such.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Blocks one behind the other: in evaluation, neighbours run in one call."""
+"""Blocks one behind the other: in evaluation, neighbours run in one call; in training, a stem and the first block."""
 
 from __future__ import annotations
 
