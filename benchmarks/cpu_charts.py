@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 
 from .cpu_runs import best_other, names_of, ours_of, peaks, share
-from .networks import TITLES
+from .implementations import TITLES
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
 GREYS = ("0.95", "0.8", "0.9", "0.7", "0.85", "0.75", "0.65")

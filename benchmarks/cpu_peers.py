@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace) -> tuple[dict, bool]:
     for dtype, threads, model, batch in product(options.dtype, options.threads, options.model, options.batch):
         case = Case(model, batch, threads, dtype, options.resolution, options.width)
         requests.append((case, {"names": takes_part(options.against, dtype, out), "timing": timing(options)}))
-    return result, run(result, "benchmarks.cpu_contestants:measure", requests, options.json)
+    return result, run(result, "benchmarks.cpu_contestants:measure", requests, options.json, options.keep)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .cpu_contestants import FUSED, OURS, Case
 from .cpu_processes import Died, answers
-from .networks import TITLES
+from .implementations import TITLES
 from .timing import system_info
 
 COLUMNS = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--burst", type=int, help="calls a turn (default: as many as take a quarter of a second)")
     parser.add_argument("--pause", type=float, default=0.3, help="seconds before each turn, for threads that spin")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here after every row")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of that file which are not measured now")
     parser.add_argument("--table", type=Path, metavar="PATH", help="measure nothing: print this JSON file's table")
     parser.add_argument(
         "--chart", type=picture, nargs="+", default=[], metavar="PATH", help="draw the result here, as .png or .svg"
@@ -69,9 +70,19 @@ def line(row: dict) -> str:
     return f"{title(row)}: {', '.join(times)}"
 
 
-def run(result: dict, measurement: str, requests: list[tuple[Case, dict]], path: Path | None) -> bool:
-    """Measures each case in a process and adds its row; whether ours has a time in every row."""
+def case_of(row: dict) -> Case:
+    return Case(*(row[name] for name in Case._fields))
+
+
+def run(
+    result: dict, measurement: str, requests: list[tuple[Case, dict]], path: Path | None, keep: bool = False
+) -> bool:
+    """Measures each case in a process and adds its row, in the place of an earlier one of the file where that is kept;
+    whether ours has a time in every row.
+    """
     complete = True
+    rows = {case_of(row): row for row in json.loads(path.read_text())["rows"]} if keep and path else {}
+    result["rows"] = list(rows.values())
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress, TemporaryDirectory() as folder:
@@ -88,7 +99,8 @@ def run(result: dict, measurement: str, requests: list[tuple[Case, dict]], path:
             except Died as problem:
                 say(f"{what}: {problem}", markup=False, soft_wrap=True)
             if found:
-                result["rows"].append(found)
+                rows[case_of(found)] = found
+                result["rows"] = list(rows.values())
                 say(line(found), markup=False, soft_wrap=True)
                 for name, why in found["failed"].items():
                     say(f"{what}: {name} FAILED: {why}", markup=False, soft_wrap=True)

@@ -105,7 +105,7 @@ def measure_all(options: argparse.Namespace) -> tuple[dict, bool]:
         for threads in options.threads
         for point in points(options.at, vars(options))
     ]
-    return result, run(result, "benchmarks.cpu_scaling:measure", requests, options.json)
+    return result, run(result, "benchmarks.cpu_scaling:measure", requests, options.json, options.keep)
 
 
 def table(result: dict) -> str:

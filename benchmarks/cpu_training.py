@@ -155,7 +155,7 @@ def measure_all(options: argparse.Namespace) -> tuple[dict, bool]:
         (Case(model, batch, threads, resolution=options.resolution, width=options.width), given)
         for threads, model, batch in product(options.threads, options.model, options.batch)
     ]
-    return result, run(result, "benchmarks.cpu_training:measure", requests, options.json)
+    return result, run(result, "benchmarks.cpu_training:measure", requests, options.json, options.keep)
 
 
 def memory_table(rows: list[dict]) -> str:

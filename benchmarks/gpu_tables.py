@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from .gpu_contestants import default_of
-from .networks import TITLES
+from .implementations import TITLES
 
 
 def tables(result: dict) -> Iterator[Table]:

@@ -9,6 +9,13 @@ import torch
 from torch import nn
 
 Call = Callable[[], object]
+#: What tables and charts call the networks of mbn_kernels.models.
+TITLES = {
+    "mobilenet_v1": "V1",
+    "mobilenet_v2": "V2",
+    "mobilenet_v3_large": "V3-Large",
+    "mobilenet_v3_small": "V3-Small",
+}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="rich is not installed")
-from benchmarks import cpu_charts, cpu_contestants, cpu_peers, cpu_processes, cpu_runs, cpu_scaling, cpu_training
+from benchmarks import cpu_charts, cpu_contestants, cpu_peers, cpu_processes, cpu_runs, cpu_scaling, cpu_training, pages
 from benchmarks.cpu_contestants import Case, Contestant, Network
 
 SMALL = Case("mobilenet_v3_small", 2, 1, resolution=32, width=0.35)
@@ -240,3 +240,12 @@ def test_speeds_and_parts_of_the_peak() -> None:
     assert (
         cpu_runs.share(rows[0], "fused", peaks) == pytest.approx(1) and cpu_runs.share(rows[1], "fused", peaks) is None
     )
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+def test_pages_say_what_the_results_say() -> None:
+    texts = [page.read_text() for page in pages.PAGES]
+    assert [pages.filled(text) for text in texts] == texts
+    assert sorted(name for text in texts for _, name, _ in pages.PLACE.findall(text)) == sorted(pages.TABLES)
