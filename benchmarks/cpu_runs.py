@@ -81,7 +81,8 @@ def run(
     whether ours has a time in every row.
     """
     complete = True
-    rows = {case_of(row): row for row in json.loads(path.read_text())["rows"]} if keep and path else {}
+    earlier = json.loads(path.read_text())["rows"] if keep and path and path.exists() else []
+    rows = {case_of(row): row for row in earlier}
     result["rows"] = list(rows.values())
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

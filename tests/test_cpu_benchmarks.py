@@ -112,6 +112,20 @@ def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert cpu_runs.table(result) in capsys.readouterr().out and charts[0].stat().st_size
 
 
+def test_rows_that_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "result.json"
+    for seconds, batches, keep in ((1.0, (1, 2, 4), True), (2.0, (2, 8), True), (3.0, (8,), False)):
+
+        def answers(measurement: str, arguments: dict, seconds: float = seconds, **more: object):
+            yield "row", {**row({"fused": seconds}), **arguments["case"]._asdict()}
+
+        monkeypatch.setattr(cpu_runs, "answers", answers)
+        requests = [(SMALL._replace(batch=batch), {}) for batch in batches]
+        assert cpu_runs.run({"rows": []}, "", requests, file, keep)
+        found = {each["batch"]: each["seconds"]["fused"] for each in json.loads(file.read_text())["rows"]}
+        assert found == {1.0: {1: 1, 2: 1, 4: 1}, 2.0: {1: 1, 2: 2, 4: 1, 8: 2}, 3.0: {8: 3}}[seconds]
+
+
 def test_a_process_that_dies_costs_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(measurement: str, arguments: dict, *, threads: int):
         if arguments["case"].batch == 1:
