@@ -1,21 +1,23 @@
 // torch.ops.mbn.cpu_buffer: large activations in memory that earlier ones have left.
 //
 // An allocator that asks the system for every large tensor pays for its pages each time: the kernel's zeroing of 51 MB costs ten times what
-// filling them does. A training step wants the same sizes again and again, so freed blocks are kept for the next request of about their size.
-// What is kept is bounded: blocks in use and kept together stay within a quarter above the most that has been in use at once.
+// filling them does. So tensors are cut out of large chunks, at the lowest address where there is room, and what comes back joins its free neighbours:
+// whatever sizes a training step wants, it stays within little more than the most that was in use at once. Before the system is asked for another
+// chunk, what is free is given back to it.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <unordered_map>
-#include <vector>
 
 #if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "check.h"
@@ -26,106 +28,116 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugePage = size_t{2} << 20, kChunk = size_t{256} << 20;
+constexpr size_t kStep = 4096;  // sizes are multiples of it
+
+size_t rounded(size_t bytes, size_t step) { return (bytes + step - 1) / step * step; }
 
 class Buffers {
  public:
   void* take(size_t bytes) {
-    const size_t size = rounded(bytes);
+    const size_t size = rounded(bytes, kStep);
     const std::lock_guard<std::mutex> lock(mutex_);
-    void* data = reuse(size);
-    if (data == nullptr) {
-      in_use_ += size;
-      if (in_use_ > most_in_use_) most_in_use_ = in_use_;
-      trim(most_in_use_ + most_in_use_ / 4);
-      data = allocate(size);
-      if (data == nullptr) {  // what is kept may be what is missing
-        trim(0);
-        data = allocate(size);
-      }
-      if (data == nullptr) in_use_ -= size;
-      MBN_CHECK(data != nullptr, "cpu_buffer: size: expected at most the free memory, got ", bytes, " bytes");
-      sizes_[data] = size;
-    }
+    char* data = reuse(size);
+    if (data == nullptr && grow(size)) data = reuse(size);
+    MBN_CHECK(data != nullptr, "cpu_buffer: size: expected at most the free memory, got ", bytes, " bytes");
+    sizes_[data] = size;
     return data;
   }
 
-  void give_back(void* data) {
+  void give_back(void* from) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const size_t size = sizes_.at(data);
-    in_use_ -= size;
-    kept_bytes_ += size;
-    kept_[size].push_back({data, clock_++});
+    char* data = static_cast<char*>(from);
+    const auto taken = sizes_.find(data);
+    const auto next = free_.upper_bound(data), own = free_.emplace_hint(next, data, Free{taken->second, taken->second});
+    sizes_.erase(taken);
+    if (next != free_.end()) join(own, next);
+    if (own != free_.begin()) join(std::prev(own), own);
   }
 
-  void trim_all() {
+  void release_all() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    trim(0);
-    most_in_use_ = in_use_;
+    release();
   }
 
+  // Of what is free, the bytes that the system has given memory to.
   int64_t kept_bytes() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return int64_t(kept_bytes_);
+    size_t kept = 0;
+    for (const auto& range : free_) kept += range.second.touched;
+    return int64_t(kept);
   }
 
   std::mutex& mutex() { return mutex_; }
 
  private:
-  struct Kept {
-    void* data;
-    uint64_t since;
+  // A free range; the first bytes of it have been in use since the system last got them back.
+  struct Free {
+    size_t size, touched;
   };
+  using Ranges = std::map<char*, Free>;  // by address
 
-  // Eight sizes for each power of two: sizes that differ a little share blocks, and no more than an eighth is lost.
-  static size_t rounded(size_t bytes) {
-    size_t step = size_t{1} << 16;
-    while (step * 16 <= bytes) step *= 2;
-    return (bytes + step - 1) / step * step;
+  void join(Ranges::iterator range, Ranges::iterator next) {
+    if (range->first + range->second.size != next->first || chunks_.count(next->first) > 0) return;
+    range->second.size += next->second.size;
+    range->second.touched += next->second.touched;
+    free_.erase(next);
   }
 
-  // The block that was given back last: the caches may still hold it.
-  void* reuse(size_t size) {
-    const auto found = kept_.lower_bound(size);
-    if (found == kept_.end() || found->first > size + size / 4) return nullptr;
-    void* data = found->second.back().data;
-    in_use_ += found->first;
-    if (in_use_ > most_in_use_) most_in_use_ = in_use_;
-    kept_bytes_ -= found->first;
-    found->second.pop_back();
-    if (found->second.empty()) kept_.erase(found);
+  // From a free range that is large enough: the one with the most memory for it already, the lowest of those. Null: there is none.
+  char* reuse(size_t size) {
+    auto best = free_.end();
+    for (auto range = free_.begin(); range != free_.end(); ++range) {
+      if (range->second.size < size) continue;
+      if (best == free_.end() || range->second.touched > best->second.touched) best = range;
+      if (best->second.touched >= size) break;
+    }
+    if (best == free_.end()) return nullptr;
+    char* data = best->first;
+    const auto [all, touched] = best->second;
+    const auto next = free_.erase(best);
+    if (all > size) free_.emplace_hint(next, data + size, Free{all - size, touched > size ? touched - size : 0});
     return data;
   }
 
-  static void* allocate(size_t size) {
-    void* data = std::aligned_alloc(size < kHugePage ? 64 : kHugePage, size < kHugePage ? size : (size + kHugePage - 1) / kHugePage * kHugePage);
+  bool grow(size_t size) {
+    release();
+    size = rounded(size, kHugePage);
+    size_t chunk = size < kChunk ? kChunk : size;
+    void* data = std::aligned_alloc(kHugePage, chunk);
+    if (data == nullptr && chunk > size) data = std::aligned_alloc(kHugePage, chunk = size);
+    if (data == nullptr) return false;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (data != nullptr && size >= kHugePage) madvise(data, size / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: a failure changes nothing
+    madvise(data, chunk, MADV_HUGEPAGE);  // advice: a failure changes nothing
 #endif
-    return data;
+    chunks_[static_cast<char*>(data)] = chunk;
+    free_[static_cast<char*>(data)] = {chunk, 0};
+    return true;
   }
 
-  // Frees the blocks that were kept longest, until at most `limit` bytes are in use or kept.
-  void trim(size_t limit) {
-    while (kept_bytes_ > 0 && in_use_ + kept_bytes_ > limit) {
-      auto oldest = kept_.begin();
-      for (auto it = kept_.begin(); it != kept_.end(); ++it) {
-        if (it->second.front().since < oldest->second.front().since) oldest = it;
+  // Gives the system back what is free: whole chunks, and the pages between what is in use.
+  void release() {
+    for (auto range = free_.begin(); range != free_.end();) {
+      const auto chunk = chunks_.find(range->first);
+      if (chunk != chunks_.end() && chunk->second == range->second.size) {
+        std::free(chunk->first);
+        chunks_.erase(chunk);
+        range = free_.erase(range);
+        continue;
       }
-      void* data = oldest->second.front().data;
-      kept_bytes_ -= oldest->first;
-      oldest->second.erase(oldest->second.begin());
-      if (oldest->second.empty()) kept_.erase(oldest);
-      sizes_.erase(data);
-      std::free(data);
+#if defined(__linux__)
+      const size_t page = size_t(sysconf(_SC_PAGESIZE)), begin = size_t(range->first), end = begin + range->second.size;
+      const size_t first = rounded(begin, page), last = end / page * page;
+      if (range->second.touched > 0 && first < last && madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED) == 0) range->second.touched = 0;
+#endif
+      ++range;
     }
   }
 
   std::mutex mutex_;
-  std::map<size_t, std::vector<Kept>> kept_;  // by size, each list in the order in which the blocks came back
-  std::unordered_map<void*, size_t> sizes_;   // of every block, in use or kept
-  size_t in_use_ = 0, kept_bytes_ = 0, most_in_use_ = 0;
-  uint64_t clock_ = 0;
+  std::map<char*, size_t> chunks_;
+  Ranges free_;
+  std::unordered_map<char*, size_t> sizes_;  // of what is in use
 };
 
 // Never destroyed: tensors may outlive every static object.
@@ -163,7 +175,7 @@ Tensor cpu_buffer(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype) 
                                   +[](void* data) { buffers().give_back(data); });
 }
 
-void cpu_empty_cache() { buffers().trim_all(); }
+void cpu_empty_cache() { buffers().release_all(); }
 int64_t cpu_cached_bytes() { return buffers().kept_bytes(); }
 
 }  // namespace
