@@ -116,12 +116,6 @@ def chain_spec(name: str, stages: Sequence[str]) -> str:
     return name + ": " + "; ".join(stages)
 
 
-def joined_spec(first: str, second: str) -> str:
-    """Two chains as one, the second behind the first."""
-    (first_name, _, first_stages), (name, _, stages) = first.partition(": "), second.partition(": ")
-    return chain_spec(f"{first_name}+{name}", (first_stages, stages))
-
-
 @dataclass(frozen=True, eq=False)
 class Chain:
     """A parsed chain. There is one object per text, compared by identity: what depends on a chain alone is cached by
@@ -272,13 +266,33 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Link(NamedTuple):
+    """How a chain meets its neighbours: one may leave its last value to the next, which applies it as it loads the raw
+    output.
+    """
+
+    act: str = "identity"  # of the value that x is the raw output of, if the chain before left one
+    open: bool = False  # whether this chain leaves its own
+
+
+NO_LINK = Link()
+
+
 def forward(
-    kernels: Kernels, x: Tensor, stages: Sequence[Stage], flat: Sequence[Tensor], residual: bool, save: bool
+    kernels: Kernels,
+    x: Tensor,
+    stages: Sequence[Stage],
+    flat: Sequence[Tensor],
+    residual: bool,
+    save: bool,
+    rows: Tensor | None = None,
+    link: Link = NO_LINK,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Runs the chain: (output, [mean, unbiased var of each batch-normalised stage], what :func:`backward` needs
-    besides x and parameters).
+    besides x and parameters). With ``rows``, those of :class:`Norm`, x is a raw output. Of an open chain the output
+    is raw, and its rows are what was saved last.
     """
-    u, statistics, saved = Value(x), [], []
+    u, statistics, saved = _entry(x, rows, link).value, [], []
     for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
         batch = stage.norm == "batch"
         if stage.conv == "pointwise":
@@ -304,7 +318,7 @@ def forward(
             u = u._replace(gate=kernels.gate_forward(pooled, p, stage.gate))
             if save:
                 saved += [pooled, u.gate]
-    return kernels.materialize(u, x if residual else None), statistics, saved
+    return u.y if link.open else kernels.materialize(u, x if residual else None), statistics, saved
 
 
 # A dense convolution is PyTorch's own: of few channels, as in a stem, a library makes the best of it.
@@ -380,8 +394,15 @@ class _Point(NamedTuple):
     pooled: Tensor | None = None
 
 
-def _points(x: Tensor, stages: Sequence[Stage], saved: Sequence[Tensor]) -> list[_Point]:
-    items, points = iter(saved), [_Point(Value(x))]
+def _entry(x: Tensor, rows: Tensor | None, link: Link) -> _Point:
+    if rows is None:
+        return _Point(Value(x))
+    norm = Norm(*rows.unbind(0))
+    return _Point(Value(x, norm.scale, norm.shift, link.act), norm, rows)
+
+
+def _points(entry: _Point, stages: Sequence[Stage], saved: Sequence[Tensor]) -> list[_Point]:
+    x, items, points = entry.value.y, iter(saved), [entry]
     for stage in stages:
         y = x if stage.conv == "none" else next(items)
         rows = None if stage.norm == "none" else next(items)
@@ -402,13 +423,19 @@ def backward(
     saved: Sequence[Tensor],
     residual: bool,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of x and of every parameter (None where ``needs`` says so), from the gradient of the output."""
+    rows: Tensor | None = None,
+    link: Link = NO_LINK,
+    sums: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """(gradients of x and of every parameter, None where ``needs`` says so; the sums of the value that x is the raw
+    output of), from the gradient of the output; of an open chain: from that of its last value, and its sums.
+    """
     parameters, wanted = stage_parameters(stages, flat), stage_parameters(stages, needs[1:])
-    points = _points(x, stages, saved)
+    points = _points(_entry(x, rows, link), stages, saved)
     gradients: list[dict] = [{} for _ in stages]
     dx, dv = None, dout
-    sums = kernels.reduce_gradient(dout, points[-1].value, points[-1].norm)
+    if not link.open:
+        sums = kernels.reduce_gradient(dout, points[-1].value, points[-1].norm)
     for i in reversed(range(len(stages))):
         stage, p, source = stages[i], parameters[i], points[i]
         g, gradients[i] = _through_norm(kernels, stage, p, points[i + 1], dv, sums)
@@ -418,7 +445,7 @@ def backward(
             dv = kernels.materialize_gradient(g, skip) if want_du else None
             sums = None
         else:
-            wants = (want_du, want_du and i > 0, wanted[i]["weight"])
+            wants = (want_du, want_du and (i > 0 or rows is not None), wanted[i]["weight"])
             behind = (source.value, source.norm, skip, *wants)
             if stage.conv == "pointwise":
                 found = kernels.pointwise_backward(g, p["weight"], *behind)
@@ -432,7 +459,7 @@ def backward(
         dx = dv
     found = [gradients[i].get(name) for i, stage in enumerate(stages) for name in stage.parameter_names]
     typed = [_gradient_of(p, g) if need else None for g, p, need in zip(found, flat, needs[1:], strict=True)]
-    return [dx if needs[0] else None, *typed]
+    return [dx if needs[0] else None, *typed], sums if needs[0] and rows is not None else None
 
 
 def _gradient_of(p: Tensor, g: Tensor) -> Tensor:

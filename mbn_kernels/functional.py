@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import backends, checks, ops
-from .chain import chain_spec, parse, stage_spec
+from .chain import Link, chain_spec, parse, stage_spec
 
 Pair = int | tuple[int, int]
 
@@ -113,6 +113,26 @@ def run_chain(
     out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
     update(statistics)
     return out
+
+
+def run_linked(x: Tensor, chains: Sequence[tuple[str, Sequence[Tensor], Sequence[Running]]], backend: str) -> Tensor:
+    """Chains one behind the other where gradients are wanted, (spec, parameters, running statistics) of each. Of what
+    one hands to the next only the raw output is stored: the next normalises and activates it as it loads. No chain has
+    a residual or shares statistics, and all but the last end in a norm without a gate. For the backend "cpu", of eager
+    calls that nothing watches (:func:`runs_directly`).
+    """
+    rows, act = None, "identity"
+    for i, (spec, params, running) in enumerate(chains):
+        link, values = Link(act, i + 1 < len(chains)), x.numel()
+
+        def update(statistics: list[Tensor], running=running, values: int = values) -> None:
+            if running:
+                update_running(running, statistics, values)
+
+        found = ops.LinkFunction.apply(spec, link, backend, update, x, rows, *params)
+        x, rows = found if link.open else (found, None)
+        act = parse(spec).stages[-1].act
+    return x
 
 
 @torch.compiler.assume_constant_result

@@ -33,13 +33,22 @@ def _channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _chain(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
+def _chain(
+    x: Tensor,
+    params: Sequence[Tensor],
+    spec: str,
+    residual: bool,
+    save: bool,
+    backend: str,
+    rows: Tensor | None = None,
+    link: chain.Link = chain.NO_LINK,
+):
     parsed, chosen = chain.parse(spec), backends.get(backend)
     if not save and chosen.kernels.evaluates(parsed, residual):
         return evaluate_chains(x, (parsed,), [params], (residual,), backend), [], []
     _check(parsed, chosen, backend, x, params, residual)
     params = [p.contiguous() for p in params]
-    return chain.forward(chosen.kernels, _channels_last(x), parsed.stages, params, residual, save)
+    return chain.forward(chosen.kernels, _channels_last(x), parsed.stages, params, residual, save, rows, link)
 
 
 def evaluate_chains(
@@ -110,13 +119,27 @@ def _chain_backward(
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
+    found, _ = _chain_gradients(dout, x, params, saved, spec, residual, needs, backend)
+    return [g for g in found if g is not None]
+
+
+def _chain_gradients(
+    dout: Tensor,
+    x: Tensor,
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    spec: str,
+    residual: bool,
+    needs,
+    backend: str,
+    *link,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """As :func:`mbn_kernels.chain.backward`, whose last arguments are ``link``."""
     stages, params = chain.parse(spec).stages, [p.contiguous() for p in params]
     # Hooks on saved tensors, as torch.autograd.graph.save_on_cpu, may give them back in another layout.
     saved = [_channels_last(t) if t.dim() == 4 else t.contiguous() for t in saved]
-    found = chain.backward(
-        backends.get(backend).kernels, _channels_last(dout), _channels_last(x), stages, params, saved, residual, needs
-    )
-    return [g for g in found if g is not None]
+    dout, x, kernels = _channels_last(dout), _channels_last(x), backends.get(backend).kernels
+    return chain.backward(kernels, dout, x, stages, params, saved, residual, needs, *link)
 
 
 def _chain_backward_fake(dout, x, params, saved, spec, residual, needs, backend):
@@ -176,6 +199,53 @@ class ChainFunction(torch.autograd.Function):
         if dout is None:
             return (None,) * (5 + ctx.count)
         return None, None, None, None, *_gradients(ctx, dout, ctx.needs_input_grad[4:])
+
+
+class LinkFunction(torch.autograd.Function):
+    """:class:`ChainFunction` for chains that leave their last value to the next (:class:`mbn_kernels.chain.Link`).
+    ``apply(spec, link, backend, update, x, rows, *params)`` returns the output, and of an open chain its rows. From
+    chain to chain goes back the gradient of the value in the place of the raw output's, and its sums in that of the
+    rows' gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, spec: str, link: chain.Link, backend: str, update: Callable, x: Tensor, rows, *params: Tensor):
+        out, statistics, saved = _chain(x, params, spec, False, True, backend, rows, link)
+        update(statistics)
+        ctx.spec, ctx.link, ctx.backend, ctx.count = spec, link, backend, len(params)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rows, *params, *saved)
+        return (out, saved[-1]) if link.open else out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor | None, sums: Tensor | None = None):
+        if dout is None:
+            return (None,) * (6 + ctx.count)
+        x, rows, *rest = ctx.saved_tensors
+        params, saved = rest[: ctx.count], rest[ctx.count :]
+        needs = [ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]]
+        with torch.no_grad():
+            given = (rows, ctx.link, None if sums is None else sums[:2])
+            (dx, *grads), left = _chain_gradients(dout, x, params, saved, ctx.spec, False, needs, ctx.backend, *given)
+            left = None if left is None else torch.nn.functional.pad(left, (0, 0, 0, 2))  # in the shape of the rows
+        found = (dx, left, *grads)
+        if torch.is_grad_enabled():
+            wanted = [g for g in found if g is not None]
+            once = iter(_Once.apply(len(wanted), *wanted, dout, x, *params))
+            found = tuple(None if g is None else next(once) for g in found)
+        return None, None, None, None, *found
+
+
+class _Once(torch.autograd.Function):
+    """The first tensors, whose gradient none can have."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _twice(ctx, *grads)
 
 
 def _twice(ctx, *grads):

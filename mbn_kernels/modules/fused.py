@@ -6,11 +6,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from ..chain import chain_spec, parse
 from ..checks import check_tensor
 from ..functional import Running, run_chain
 from .units import Description, Unit, append_tensors, describe, is_same_conv
+
+#: Where PyTorch keeps the hooks of every module.
+GLOBAL_HOOKS: tuple[dict, ...] = (
+    global_hooks._global_forward_hooks,
+    global_hooks._global_forward_pre_hooks,
+    global_hooks._global_backward_hooks,
+    global_hooks._global_backward_pre_hooks,
+)
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
@@ -19,7 +28,7 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 
 def has_hook(module: nn.Module) -> bool:
-    return any(hooks_of(module))
+    return any(hooks_of(module)) or any(GLOBAL_HOOKS)
 
 
 class _Reading(NamedTuple):
@@ -27,7 +36,7 @@ class _Reading(NamedTuple):
 
     places: list[dict]  # where each module that has children keeps them
     children: list[tuple]  # which they were
-    hooks: list[dict]  # of all descendants
+    hooks: list[dict]  # of all descendants, and of all modules there are
     units: list[Unit]
     drops: list[nn.Module]
     sized: bool  # whether a stage depends on the size of its input
@@ -108,7 +117,7 @@ class FusedModule(nn.Module):
         modules = list(self.modules())
         places = [m._modules for m in modules if m._modules]
         children = [tuple(place.values()) for place in places]
-        hooks = [hooks for m in modules[1:] for hooks in hooks_of(m)]
+        hooks = [*GLOBAL_HOOKS, *(hooks for m in modules[1:] for hooks in hooks_of(m))]
         units = self.units()
         sized = any(is_same_conv(type(unit.conv)) for unit in units)
         reading = _Reading(places, children, hooks, units, self.drops(), sized)

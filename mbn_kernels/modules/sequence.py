@@ -1,4 +1,6 @@
-"""Blocks one behind the other: in evaluation, neighbours run in one call; in training, a stem and the first block."""
+"""Blocks one behind the other: in evaluation, neighbours run in one call; in training, what one hands to the next is
+not stored twice.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
-from ..chain import joined_spec, parse
-from ..functional import evaluates, runs_directly
+from ..chain import parse
+from ..functional import evaluates, run_linked, runs_directly
 from .ends import Head, stem_call
 from .fused import Call, FusedModule, has_hook
 from .watch import Watch
@@ -66,8 +68,9 @@ def run_in_turn(owner: KeepsEvaluation, parts: list[nn.Module], x: Tensor, head:
         return _one_by_one(parts, x, head)
     backend = backends.choose(x.device, x.dtype)
     if torch.is_grad_enabled():
-        call, count = _front(parts, x, backend)
-        return _one_by_one(parts[count:], call(x) if call else x, head)
+        # On other devices than a CPU this was not measured.
+        x = _train(parts, x, backend) if backend == "cpu" else _one_by_one(parts, x, None)
+        return head(x) if head else x
     kept, everything = owner._kept, [*parts, *(head.modules() if head else ())]
     if kept and kept.children is owner._modules and kept.backend == backend and kept.holds(everything):
         try:
@@ -107,25 +110,42 @@ def _keep(
     owner.__dict__["_kept"] = _Kept(owner._modules, parts, Watch(parts), backend, run, flat)
 
 
-def _front(parts: list[nn.Module], x: Tensor, backend: str) -> tuple[Call | None, int]:
-    """Where gradients are wanted, a stem in front as a chain, and how many parts that is: with the block behind it,
-    if this adds no residual to the stem's map, that map is not stored.
-    """
-    # Elsewhere than on a CPU this was not measured.
-    if backend != "cpu" or backends.why_unsupported(x.device, x.dtype) or not parts:
-        return None, 0
-    stem = None if isinstance(parts[0], FusedModule) else stem_call(parts[0])
-    if stem is None or parse(stem.spec).stages[0].group is not None:
-        return None, 0
-    block = _block_call(parts[1]) if len(parts) > 1 and isinstance(parts[1], FusedModule) else None
-    if block and not block.residual and not block.drops:
-        spec = joined_spec(stem.spec, block.spec)
-        call, count = Call(spec, stem.params + block.params, stem.running + block.running, False), 2
-    else:
-        call, count = stem, 1
-    plain = all(type(p) in (Tensor, nn.Parameter) for p in call.params)
-    wanted = x.requires_grad or any(p.requires_grad for p in call.params)
-    return (call, count) if plain and wanted else (None, 0)
+def _train(parts: list[nn.Module], x: Tensor, backend: str) -> Tensor:
+    """Where gradients are wanted: a stem runs as a chain, and chains without a residual, neighbours, are linked."""
+    waiting: list[tuple[nn.Module, Call]] = []
+    for i, part in enumerate(parts):
+        call = _linkable(part, i == 0)
+        wanted = bool(waiting) or x.requires_grad or (call is not None and any(p.requires_grad for p in call.params))
+        if call is None or not wanted:
+            x, waiting = part(_run_linked(x, waiting, backend)), []
+            continue
+        if waiting and not _may_follow(waiting[-1][1], call):
+            x, waiting = _run_linked(x, waiting, backend), []
+        waiting.append((part, call))
+    return _run_linked(x, waiting, backend)
+
+
+def _linkable(part: nn.Module, first: bool) -> Call | None:
+    """The part as one chain, where its own statistics and no dropped paths are in it."""
+    (call,) = _calls(part, first) or (None,)
+    if call is None or call.drops or any(stage.group is not None for stage in parse(call.spec).stages):
+        return None
+    return call if all(type(p) in (Tensor, nn.Parameter) for p in call.params) else None
+
+
+def _may_follow(call: Call, following: Call) -> bool:
+    last, first = parse(call.spec).stages[-1], parse(following.spec).stages[0]
+    leaves = not call.residual and last.norm != "none" and not last.gate
+    return leaves and not following.residual and first.conv != "none"
+
+
+def _run_linked(x: Tensor, waiting: list[tuple[nn.Module, Call]], backend: str) -> Tensor:
+    # A part between two others may have changed more than the numbers.
+    if backends.choose(x.device, x.dtype) != backend or backends.why_unsupported(x.device, x.dtype):
+        return _one_by_one([part for part, _ in waiting], x, None)
+    if len(waiting) == 1:
+        return waiting[0][1](x)
+    return run_linked(x, [call[:3] for _, call in waiting], backend)
 
 
 def _one_by_one(parts: list[nn.Module], x: Tensor, head: Head | None) -> Tensor:

@@ -7,7 +7,7 @@ from operator import is_, itemgetter
 
 from torch import nn
 
-from .fused import hooks_of
+from .fused import GLOBAL_HOOKS, hooks_of
 
 
 class Watch:
@@ -20,7 +20,7 @@ class Watch:
     def __init__(self, roots: list[nn.Module]) -> None:
         self._modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self._classes = list(map(type, self._modules))
-        self._hooks = [hooks for m in self._modules for hooks in hooks_of(m)]
+        self._hooks = [*GLOBAL_HOOKS, *(hooks for m in self._modules for hooks in hooks_of(m))]
         self._dicts = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
         self._held = [value for d in self._dicts for value in d.values()]
         self._own = [m.__dict__ for m in self._modules]
