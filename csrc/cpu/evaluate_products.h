@@ -136,6 +136,7 @@ struct ProductTile {
   const int32_t* places;        // of each row, counted from `to`
   const To* residual;           // added at the end, at the same places; null: none
   const T* before = nullptr;    // added before the activation, rows of kColumns; null: none
+  const M* ahead = nullptr;     // what the next panel's tile reads: a line of it is fetched with each step; null: nothing
 };
 
 // R rows of sums, H halves of vectors wide.
@@ -157,9 +158,13 @@ struct HalfTile {
   }
 };
 
+// Numbers of a cache line.
+template <class M>
+constexpr int64_t kLine = 64 / sizeof(M);
+
 // Up to one panel's steps of a tile.
 template <class M, class T, int R, int H>
-MBN_INLINE void multiply_panel(HalfTile<T, R, H>& acc, const M* left, const M* right, int64_t steps) {
+MBN_INLINE void multiply_panel(HalfTile<T, R, H>& acc, const M* left, const M* right, int64_t steps, const M* ahead) {
   constexpr int kWhole = H / 2;
   for (int64_t k = 0; k < steps; ++k) {
     Vec<T> b[kWhole > 0 ? kWhole : 1];
@@ -172,6 +177,8 @@ MBN_INLINE void multiply_panel(HalfTile<T, R, H>& acc, const M* left, const M* r
       if constexpr (kWhole > 0) multiply_row<M>(acc.whole[r], left + r * kColumns<M>, b);
       if constexpr (H % 2) multiply_row<M>(acc.half[r], left + r * kColumns<M>, half);
     }
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += kLine<M>;
     left += kPair<M>;
     right += kPair<M> * kColumns<M>;
   }
@@ -202,10 +209,11 @@ static void product_tile(const ProductTile<M, To>& t) {
   constexpr int L = kLanes<T>, NV = (H + 1) / 2;
   constexpr int64_t kPanelSteps = kColumns<M> / kPair<M>;
   HalfTile<T, R, H> sums = {};
-  const M *left = t.left, *right = t.right;
+  const M *left = t.left, *right = t.right, *ahead = t.ahead ? t.ahead : right;
   for (int64_t rest = t.steps; rest > 0; rest -= kPanelSteps) {
     const int64_t steps = smaller(rest, kPanelSteps);
-    multiply_panel(sums, left, right, steps);
+    multiply_panel(sums, left, right, steps, ahead);
+    ahead += steps * kLine<M>;
     left += t.left_panel;
     right += steps * kPair<M> * kColumns<M>;
   }
@@ -280,15 +288,16 @@ static __attribute__((noinline)) void product_in_parts(ProductTile<M, To> t, int
   static constexpr T kZeros[kColumns<M>] = {};
   T sums[kTileRows * kColumns<M>];
   ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, kZeros, Act::identity, sums,
-                              kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr};
+                              kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr, nullptr, t.ahead};
   t.before = sums;
   for (; t.steps > kPartSteps; t.steps -= kPartSteps) {
     product_of_rows(part, rows, halves);
     part.left += kPartSteps * kPair<M> / kColumns<M> * t.left_panel;
     part.right += kPartSteps * kPair<M> * kColumns<M>;
     part.before = sums;
+    if (part.ahead) part.ahead += kPartSteps * kLine<M>;
   }
-  t.left = part.left, t.right = part.right;
+  t.left = part.left, t.right = part.right, t.ahead = part.ahead;
   product_of_rows(t, rows, halves);
 }
 
@@ -379,14 +388,18 @@ static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> 
     const int64_t panel = vector / kPanelVectors, within = vector % kPanelVectors;
     const int vectors = int(smaller<int64_t>(last - vector, kPanelVectors - within)), halves = halves_of<T>(layer.columns, vector, vectors);
     const M* weight = layer.weight + panel * weight_panel_size<M>(layer.depth) + within * L * kPair<M>;
+    const int64_t steps = steps_of<M>(layer.depth);
+    // The first tiles of a panel fetch the next one: where a map is small, its weights are read once, from afar.
+    const M *next = weight + weight_panel_size<M>(layer.depth), *after = vector + vectors < last ? next + weight_panel_size<M>(layer.depth) : next;
     for_tiles(end - begin, [&](int64_t row, int rows) {
       const int64_t place = (begin + row) * kColumns<M> + within * L;
       To* into = to.data + panel * to.panel + place;
       prefetch_tile(into, 1, rows, 0, kColumns<M>, vectors * L);
-      finished_product<M, To>({from.data + (begin + row) * kColumns<M>, from.panel, weight, steps_of<M>(layer.depth), layer.shift + vector * L,
+      finished_product<M, To>({from.data + (begin + row) * kColumns<M>, from.panel, weight, steps, layer.shift + vector * L,
                                layer.act, into, L, kEvenRows<kColumns<M>>.at,
-                               residual.data ? residual.data + panel * residual.panel + place : nullptr},
+                               residual.data ? residual.data + panel * residual.panel + place : nullptr, nullptr, next < after ? next : nullptr},
                               rows, halves);
+      next += steps * kLine<M>;
     });
     vector += vectors;
   }
