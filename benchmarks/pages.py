@@ -1,4 +1,4 @@
-"""Writes the tables of measured times into README.md, from the results that are kept.
+"""Writes the tables of measured times into README.md and docs/speed.md, from the results that are kept.
 
 python -m benchmarks.pages
 """
@@ -10,15 +10,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cpu_training
+from . import cpu_scaling, cpu_training
 from .cpu_runs import table
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-epyc-zen4"
 #: Of each file of RESULTS, what writes its table.
 TABLES: dict[str, Callable[[dict], str]] = {
     "evaluation-float32": table,
+    "evaluation-bfloat16": table,
+    "scaling": cpu_scaling.table,
     "training": cpu_training.tables,
 }
 #: A place for a table in a page, and what stands there.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 import mbn_kernels
-from mbn_kernels import FusedDepthwiseSeparable, FusedInvResBlock, FusedPointwiseConvBNAct, FusedSequential, ops
+from mbn_kernels import FusedDepthwiseSeparable, FusedInvResBlock, FusedPointwiseConvBNAct, FusedSequential, models, ops
 
 
 def separable() -> FusedSequential:
@@ -254,12 +254,20 @@ def test_checkpoint(linked: list) -> None:
     assert linked == [3, 3]
 
 
-def test_a_global_hook_sees_every_module(linked: list) -> None:
-    model, seen = separable(), []
+@pytest.mark.parametrize("grad", (True, False))
+def test_a_global_hook_sees_every_block(linked: list, grad: bool) -> None:
+    """Of a network also the Sequential of its blocks, and the layers of the stem."""
+    model, seen = models.mobilenet_v1(width_mult=0.25).train(grad), []
+    x = torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(grad):
+        model(x)
+        linked.clear()
     handle = global_hooks.register_module_forward_hook(lambda module, *_: seen.append(module))
     try:
-        model(torch.randn(2, 8, 9, 8))
+        with torch.set_grad_enabled(grad):
+            model(x)
     finally:
         handle.remove()
     assert linked == []
-    assert set(model.modules()) == set(seen)
+    inside = {m for block in model.blocks for m in block.modules() if m is not block}
+    assert set(model.modules()) - inside == set(seen)

@@ -13,7 +13,8 @@ from ..checks import check_tensor
 from ..functional import Running, run_chain
 from .units import Description, Unit, append_tensors, describe, is_same_conv
 
-#: Where PyTorch keeps the hooks of every module.
+#: Where PyTorch keeps the hooks of every module. Who counts or times modules sets them: such a hook sees fused modules
+#: one by one, but not into them.
 GLOBAL_HOOKS: tuple[dict, ...] = (
     global_hooks._global_forward_hooks,
     global_hooks._global_forward_pre_hooks,
@@ -36,7 +37,7 @@ class _Reading(NamedTuple):
 
     places: list[dict]  # where each module that has children keeps them
     children: list[tuple]  # which they were
-    hooks: list[dict]  # of all descendants, and of all modules there are
+    hooks: list[dict]  # of all descendants
     units: list[Unit]
     drops: list[nn.Module]
     sized: bool  # whether a stage depends on the size of its input
@@ -117,7 +118,7 @@ class FusedModule(nn.Module):
         modules = list(self.modules())
         places = [m._modules for m in modules if m._modules]
         children = [tuple(place.values()) for place in places]
-        hooks = [*GLOBAL_HOOKS, *(hooks for m in modules[1:] for hooks in hooks_of(m))]
+        hooks = [hooks for m in modules[1:] for hooks in hooks_of(m)]
         units = self.units()
         sized = any(is_same_conv(type(unit.conv)) for unit in units)
         reading = _Reading(places, children, hooks, units, self.drops(), sized)
