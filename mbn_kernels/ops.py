@@ -109,18 +109,9 @@ def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, 
     return out, statistics, saved if save else []
 
 
-def _chain_backward(
-    dout: Tensor,
-    x: Tensor,
-    params: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    spec: str,
-    residual: bool,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    found, _ = _chain_gradients(dout, x, params, saved, spec, residual, needs, backend)
-    return [g for g in found if g is not None]
+def _chain_backward(*given) -> list[Tensor]:
+    """The gradients that are wanted, of the schema's arguments."""
+    return [g for g in _chain_gradients(*given)[0] if g is not None]
 
 
 def _chain_gradients(
@@ -130,7 +121,7 @@ def _chain_gradients(
     saved: Sequence[Tensor],
     spec: str,
     residual: bool,
-    needs,
+    needs: Sequence[bool],
     backend: str,
     *link,
 ) -> tuple[list[Tensor | None], Tensor | None]:
