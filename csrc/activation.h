@@ -22,28 +22,34 @@ namespace mbn {
 enum class Act : int { identity = 0, relu = 1, relu6 = 2, hardswish = 3, silu = 4, hardsigmoid = 5, sigmoid = 6 };
 constexpr int kActCount = 7;
 
-// NaN stays NaN in both: one instruction on a GPU, where a comparison and a choice would be two.
-template <int Least, class V>
-MBN_INLINE V at_least(V n) {
+// The larger and the smaller of a number and a bound; NaN stays NaN. csrc/cpu/vec.h adds the vectors: a comparison and a choice are two instructions.
+template <class V>
+struct Bound {
+  MBN_MEMBER V below(V n, V least) { return n < least ? least : n; }
+  MBN_MEMBER V above(V n, V most) { return n > most ? most : n; }
+};
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(V) == sizeof(float)) {
+template <>
+struct Bound<float> {
+  MBN_MEMBER float below(float n, float least) {
     float out;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(n), "f"(float(Least)));
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(n), "f"(least));
     return out;
   }
+  MBN_MEMBER float above(float n, float most) {
+    float out;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(n), "f"(most));
+    return out;
+  }
+};
 #endif
-  return n < Least ? V{} + Least : n;
+template <int Least, class V>
+MBN_INLINE V at_least(V n) {
+  return Bound<V>::below(n, V{} + Least);
 }
 template <int Most, class V>
 MBN_INLINE V at_most(V n) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(V) == sizeof(float)) {
-    float out;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(n), "f"(float(Most)));
-    return out;
-  }
-#endif
-  return n > Most ? V{} + Most : n;
+  return Bound<V>::above(n, V{} + Most);
 }
 
 // e^x; csrc/cpu/vec.h adds the vectors.

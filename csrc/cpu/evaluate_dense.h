@@ -67,10 +67,12 @@ template <class S>
 static void make_line(const Dense<S>& d, const Image<S>& image, int64_t row, Map<S>* line) {
   using M = Map<S>;
   const int64_t left = d.w.pad_left, width = larger<int64_t>(0, smaller(d.width, d.line / d.padded - left));
-  __builtin_memset(static_cast<void*>(line), 0, size_t(d.line) * sizeof(M));
-  if (row < 0 || row >= d.height) return;
+  const auto clear = [](M* from, const M* to) { __builtin_memset(static_cast<void*>(from), 0, size_t(to - from) * sizeof(M)); };
+  if (row < 0 || row >= d.height) return clear(line, line + d.line);
   const S* from = image.data + row * image.rows;
-  M* to = line + left * d.padded;
+  M *to = line + left * d.padded, *end = to + width * d.padded;
+  clear(line, to);
+  clear(end, line + d.line);
   if (sizeof(S) == sizeof(M) && image.channels == 1 && image.columns == d.channels && d.padded == d.channels) {
     __builtin_memcpy(static_cast<void*>(to), from, size_t(width * d.channels) * sizeof(M));
     return;
@@ -90,6 +92,7 @@ static void make_line(const Dense<S>& d, const Image<S>& image, int64_t row, Map
       for (int i = 0; i < count; ++i) put_number<S>(to + c * d.padded + i, from[i * image.channels + c * image.columns]);
     }
   };
+  if (d.padded > d.channels) clear(to, end);
   if (d.channels == 3) return pixels(LanesTag<3>{});
   pixels(int(d.channels));
 }

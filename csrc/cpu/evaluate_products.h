@@ -7,10 +7,6 @@
 #include "deferred.h"
 #include "gemm.h"
 
-#if defined(MBN_BF16_PRODUCTS)
-#include <immintrin.h>
-#endif
-
 namespace mbn {
 namespace MBN_ISA {
 

@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "runtime.h"
 #include "team.h"
 #include "types.h"
@@ -184,11 +188,35 @@ MBN_INLINE Vec<Accumulate<S>> rounded_to(Vec<Accumulate<S>> v) {
   return load(kept);
 }
 
+// The larger and the smaller of two numbers, and n where it is NaN. GCC makes a comparison and a choice of `n < bound ? bound : n`, and on some processors a
+// comparison takes the place of a multiplication, where these take none.
+#if defined(__x86_64__)
+#if MBN_VECTOR_BYTES == 64
+#define MBN_OF_VECTORS(name) _mm512_##name
+#elif MBN_VECTOR_BYTES == 32
+#define MBN_OF_VECTORS(name) _mm256_##name
+#else
+#define MBN_OF_VECTORS(name) _mm_##name
+#endif
+MBN_INLINE Vec<float> larger_of(Vec<float> n, Vec<float> bound) { return MBN_OF_VECTORS(max_ps)(bound, n); }
+MBN_INLINE Vec<double> larger_of(Vec<double> n, Vec<double> bound) { return MBN_OF_VECTORS(max_pd)(bound, n); }
+MBN_INLINE Vec<float> smaller_of(Vec<float> n, Vec<float> bound) { return MBN_OF_VECTORS(min_ps)(bound, n); }
+MBN_INLINE Vec<double> smaller_of(Vec<double> n, Vec<double> bound) { return MBN_OF_VECTORS(min_pd)(bound, n); }
+#undef MBN_OF_VECTORS
+#else
+template <class V>
+MBN_INLINE V larger_of(V n, V bound) {
+  return n < bound ? bound : n;
+}
+template <class V>
+MBN_INLINE V smaller_of(V n, V bound) {
+  return n > bound ? bound : n;
+}
+#endif
+
 // e^x: 2^round(x/ln 2) times a polynomial on |r| <= ln2/2; within 2 units in the last place, 0 and infinity where float overflows.
 MBN_INLINE Vec<float> exponential(Vec<float> x) {
-  const Vec<float> low = broadcast(-104.0f), high = broadcast(89.0f);
-  Vec<float> t = x < low ? low : x;
-  t = t > high ? high : t;
+  const Vec<float> t = smaller_of(larger_of(x, broadcast(-104.0f)), broadcast(89.0f));
   const Vec<float> shifted = t * 1.44269504f + 12582912.0f;  // adding 1.5*2^23 rounds to an integer, held in the low mantissa bits
   const Vec<float> k = shifted - 12582912.0f;
   const Vec<float> r = (t - k * 0.693145752f) - k * 1.42860677e-6f;
@@ -245,13 +273,27 @@ MBN_INLINE T* take(Scratch& scratch, int64_t count) {
 }  // namespace mbn
 
 // The activations of activation.h on vectors.
+namespace mbn {
 template <>
-struct mbn::Exponential<mbn::MBN_ISA::Vec<float>> {
-  using V = mbn::MBN_ISA::Vec<float>;
-  MBN_MEMBER V of(V x) { return mbn::MBN_ISA::exponential(x); }
+struct Exponential<MBN_ISA::Vec<float>> {
+  using V = MBN_ISA::Vec<float>;
+  MBN_MEMBER V of(V x) { return MBN_ISA::exponential(x); }
 };
 template <>
-struct mbn::Exponential<mbn::MBN_ISA::Vec<double>> {
-  using V = mbn::MBN_ISA::Vec<double>;
-  MBN_MEMBER V of(V x) { return mbn::MBN_ISA::exponential(x); }
+struct Exponential<MBN_ISA::Vec<double>> {
+  using V = MBN_ISA::Vec<double>;
+  MBN_MEMBER V of(V x) { return MBN_ISA::exponential(x); }
 };
+template <>
+struct Bound<MBN_ISA::Vec<float>> {
+  using V = MBN_ISA::Vec<float>;
+  MBN_MEMBER V below(V n, V least) { return MBN_ISA::larger_of(n, least); }
+  MBN_MEMBER V above(V n, V most) { return MBN_ISA::smaller_of(n, most); }
+};
+template <>
+struct Bound<MBN_ISA::Vec<double>> {
+  using V = MBN_ISA::Vec<double>;
+  MBN_MEMBER V below(V n, V least) { return MBN_ISA::larger_of(n, least); }
+  MBN_MEMBER V above(V n, V most) { return MBN_ISA::smaller_of(n, most); }
+};
+}  // namespace mbn
