@@ -39,7 +39,8 @@ KERNEL_SCHEMAS = {
     # stages, blocks: integers in a tensor, as a long list of them takes longer to hand over than a small block to run
     "evaluate": "Tensor x, Tensor[] params, Tensor stages, Tensor eps, Tensor blocks, int version, "
     "Tensor(a!) packed, Tensor(b!) out",
-    "evaluate_packed": "Tensor x, Tensor stages, Tensor widths, Tensor blocks, Tensor packed, Tensor(a!) out",
+    # the same of what evaluate_hold keeps
+    "evaluate_held": "Tensor x, int held, int version, Tensor(a!) out",
     "pool": f"{_VALUE}, Tensor(a!) pooled",
     "materialize": f"{_VALUE}, Tensor? residual, Tensor(a!) out",
     "materialize_gradient": f"{_GRADIENT}, Tensor? residual, Tensor(a!) out",
@@ -63,6 +64,9 @@ for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
     library.define(f"{_name}({_arguments}) -> ()")
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
 library.define("evaluate_size(Tensor[] params, Tensor stages) -> int")
+# numbers: eps; where there are no params widths, and what is packed is all that is looked at
+library.define("evaluate_hold(Tensor[] params, Tensor stages, Tensor numbers, Tensor blocks, Tensor packed) -> int")
+library.define("evaluate_release(int held) -> ()")
 library.define("cpu_instruction_set() -> str")
 library.define("cpu_peak(float seconds) -> float")
 library.define("cuda_missing() -> str")

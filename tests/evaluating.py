@@ -74,18 +74,18 @@ def hold_module(out: Tensor, plain: nn.Module, x: Tensor, autocast: torch.dtype 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many chains each evaluation in the CPU backend has, call by call."""
     found: list[int] = []
-    evaluate, packed = cpu._ops.evaluate, cpu._ops.evaluate_packed
+    evaluate, run = cpu._ops.evaluate, cpu.Prepared.__call__
 
     def count(*arguments):
         found.append(arguments[4].numel() // 2)
         return evaluate(*arguments)
 
-    def count_packed(*arguments):
-        found.append(arguments[3].numel() // 2)
-        return packed(*arguments)
+    def count_prepared(self, x):
+        found.append(self._evaluation.blocks.numel() // 2)
+        return run(self, x)
 
     monkeypatch.setattr(cpu._ops, "evaluate", count)
-    monkeypatch.setattr(cpu._ops, "evaluate_packed", count_packed)
+    monkeypatch.setattr(cpu.Prepared, "__call__", count_prepared)
     return found
 
 

@@ -19,8 +19,8 @@ import mbn_kernels
 from mbn_kernels import FusedInvResBlock, FusedSequential, functional
 from mbn_kernels.backends import cpu
 
-evaluate, evaluate_packed, evaluate_size = (
-    getattr(torch.ops.mbn, name) for name in ("evaluate", "evaluate_packed", "evaluate_size")
+evaluate, evaluate_size, evaluate_hold, evaluate_held, evaluate_release = (
+    getattr(torch.ops.mbn, f"evaluate{name}") for name in ("", "_size", "_hold", "_held", "_release")
 )
 MOST = 1 << 20  # of a width and of a window
 INTEGERS = (-(1 << 63), -(1 << 32), -1, 0, MOST + 1, 1 << 31, 1 << 40, (1 << 63) - 1)
@@ -42,7 +42,7 @@ STEM, DEPTHWISE, POINTWISE, GATED, POOL, LINEAR = 0, 1, 2, 4, 10, 11  # stages o
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
-    """Of the small network on two images: those of evaluate and of evaluate_packed."""
+    """Of the small network on two images: those of evaluate and of the same held without parameters."""
     model, x, seen = twins(small, dtype)[0], torch.randn(2, 3, 20, 24).to(dtype), []
     real = cpu._ops.evaluate
     try:
@@ -59,8 +59,24 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
     return given, {"widths": widths, **{name: given[name] for name in PACKED_NAMES if name != "widths"}}
 
 
+def evaluate_packed(x: Tensor, stages: Tensor, widths: Tensor, blocks: Tensor, packed: Tensor, out: Tensor) -> None:
+    held = evaluate_hold([], stages, widths, blocks, packed)
+    try:
+        evaluate_held(x, held, 0, out)
+    finally:
+        evaluate_release(held)
+
+
 def packed_call(given: dict) -> None:
     evaluate_packed(*(given[name] for name in PACKED_NAMES))
+
+
+def held_call(given: dict) -> None:
+    held = evaluate_hold(*(given[name] for name in ("params", "stages", "eps", "blocks", "packed")))
+    try:
+        evaluate_held(given["x"], held, given["version"], given["out"])
+    finally:
+        evaluate_release(held)
 
 
 def call(given: dict) -> None:
@@ -100,6 +116,9 @@ def test_the_same_from_packed(dtype: torch.dtype) -> None:
     given["out"].fill_(torch.nan)
     packed_call(of_packed)
     assert torch.equal(given["out"], expected)
+    given["out"].fill_(torch.nan)
+    held_call(given)
+    assert torch.equal(given["out"], expected)
     assert evaluate_size(given["params"], given["stages"]) == 4 * given["packed"].numel()
 
 
@@ -128,7 +147,7 @@ ALSO = {  # what else is named where one argument does not fit the others
 }
 
 
-@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "evaluate_packed"))
+@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "packed"))
 @BY_DTYPE
 def test_wrong_tensors(dtype: torch.dtype, packed: bool) -> None:
     given = arguments(dtype)[packed]
@@ -176,7 +195,7 @@ def test_another_number_of_parameters() -> None:
             refused(lambda run: evaluate_size(run["params"], run["stages"]), run, "params", "weight")
 
 
-@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "evaluate_packed"))
+@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "packed"))
 @pytest.mark.parametrize("stage", (STEM, DEPTHWISE, POINTWISE, GATED, POOL, LINEAR))
 def test_absurd_stages(stage: int, packed: bool) -> None:
     """Windows that are no windows, activations and convolutions that there are not."""
@@ -199,7 +218,7 @@ def test_absurd_stages(stage: int, packed: bool) -> None:
                 refused(lambda run: evaluate_size(run["params"], run["stages"]), given | {"stages": stages}, "stages")
 
 
-@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "evaluate_packed"))
+@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "packed"))
 @pytest.mark.parametrize("field", ("kernel_h", "kernel_w", "dilation_h", "dilation_w"))
 def test_windows_that_do_not_fit(field: str, packed: bool) -> None:
     given = arguments()[packed]
@@ -221,7 +240,7 @@ def test_stages_in_another_order(conv: int) -> None:
         refused(packed_call, of_packed | {"stages": stages}, "stages", "params", "widths", "weight", "packed")
 
 
-@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "evaluate_packed"))
+@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "packed"))
 def test_absurd_blocks(packed: bool) -> None:
     given = arguments()[packed]
     run = packed_call if packed else call
@@ -273,6 +292,26 @@ def test_packed_and_out_of_another_size(dtype: torch.dtype) -> None:
             (7, 2, 1, 1),
         ):
             refused(run, given | {"out": out.new_zeros(shape)}, "out")
+
+
+def test_held_until_released() -> None:
+    """Chains are held by number; one that is not held is refused, and nothing is written."""
+    given = arguments()[0]
+    names = ("params", "stages", "eps", "blocks", "packed")
+    first, second = (evaluate_hold(*(given[name] for name in names)) for _ in range(2))
+    assert first != second
+    evaluate_release(first)
+    evaluate_release(first)
+    given["out"].fill_(torch.nan)
+    for number in (first, 0, -1, second + 1, (1 << 63) - 1):
+        refused(lambda run, number=number: evaluate_held(run["x"], number, 0, run["out"]), given, "held")
+    evaluate_held(given["x"], second, given["version"], given["out"])
+    found = given["out"].clone()
+    call(given)
+    assert torch.equal(given["out"], found)
+    given["params"][0].resize_(0)  # between two calls
+    refused(lambda run: evaluate_held(run["x"], second, 0, run["out"]), given, "weight", "params", "packed")
+    evaluate_release(second)
 
 
 def test_a_call_that_was_refused_leaves_the_next_alone() -> None:

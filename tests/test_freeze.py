@@ -52,7 +52,11 @@ def adopted() -> nn.Sequential:
     return model
 
 
-MODELS = {"network": small, "blocks": blocks, "adopted": adopted}
+def block() -> FusedInvResBlock:
+    return FusedInvResBlock(3, 3, 12, 5, True, "hs", 1)
+
+
+MODELS = {"network": small, "blocks": blocks, "adopted": adopted, "block": block}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -71,7 +75,7 @@ def test_is_the_models_own_output(kind: str, dtype: torch.dtype, monkeypatch: py
                 assert torch.equal(out, expected)
                 assert (out.dtype, out.stride()) == (expected.dtype, expected.stride())
         torch.set_num_threads(1)
-    chains = {"network": SMALL_CHAINS, "blocks": 2, "adopted": 3}
+    chains = {"network": SMALL_CHAINS, "blocks": 2, "adopted": 3, "block": 1}
     assert set(calls) == {chains[kind]}
 
 
@@ -252,7 +256,7 @@ def test_training_mode_is_refused(pair: tuple) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    (nn.Conv2d(3, 4, 1), nn.Sequential(), FusedInvResBlock(3, 3, 8, 4, False, "relu", 1), None, "model", small),
+    (nn.Conv2d(3, 4, 1), nn.Sequential(), None, "model", small),
     ids=lambda model: getattr(model, "__name__", type(model).__name__),
 )
 def test_another_type_is_refused(model: object) -> None:

@@ -3,6 +3,9 @@
 //
 // Parameters are packed once: weights in the layout that the kernels read, batch norm folded into them. The caller keeps the packed tensor from call to call.
 // Its first bytes say of which parameters it was made, and where those have changed it is made anew.
+#include <memory>
+#include <unordered_map>
+
 #include "evaluate_params.h"
 
 namespace mbn {
@@ -147,27 +150,34 @@ void check_packed(const Tensor& packed, const Places& places) {
   check_dense(op, "packed", packed, ScalarType::Float, places.used / int64_t(sizeof(float)));
 }
 
-void evaluate(const Tensor& x, std::vector<Tensor> params, const Tensor& stages, const Tensor& eps, const Tensor& blocks, int64_t version,
-              const Tensor& packed, const Tensor& out) {
-  const std::vector<StageCode> codes = stage_codes(stages);
-  const double* numbers = dense<double>(op, "eps", eps, int64_t(codes.size()));
-  Places places = {packed_memory(packed), kOriginBytes};
+// What an evaluation is of, but for its input.
+struct Chains {
+  std::vector<StageCode> stages;
+  std::vector<BlockCode> blocks;
+  Tensor packed;
+  std::vector<Tensor> params;  // none: what is packed is all there is
+  Tensor numbers;              // float64, the stages' eps; of what is packed int64, their widths
+};
+
+void evaluate_chains(const Chains& chains, const Tensor& x, int64_t version, const Tensor& out) {
+  const double* eps = dense<double>(op, "eps", chains.numbers, int64_t(chains.stages.size()));
+  Places places = {packed_memory(chains.packed), kOriginBytes};
   by_dtype(op, "x", x, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    const std::vector<Stage<S>> described = stages_of<S>(codes, params, places);
-    check_packed(packed, places);
-    steps_of(described, codes_of<BlockCode>("blocks", blocks), shape_of(op, "x", x));  // refuses what does not fit before anything is written
-    refresh(described, params, numbers, version, packed_memory(packed));
-    run(x, described, codes_of<BlockCode>("blocks", blocks), out);
+    const std::vector<Stage<S>> described = stages_of<S>(chains.stages, chains.params, places);
+    check_packed(chains.packed, places);
+    steps_of(described, chains.blocks, shape_of(op, "x", x));  // refuses what does not fit before anything is written
+    refresh(described, chains.params, eps, version, packed_memory(chains.packed));
+    run(x, described, chains.blocks, out);
   });
 }
 
 // The same of what is packed already, whatever has become of the parameters.
-void evaluate_packed(const Tensor& x, const Tensor& stages, const Tensor& widths, const Tensor& blocks, const Tensor& packed, const Tensor& out) {
-  const std::vector<StageCode> codes = stage_codes(stages);
-  const std::vector<Widths> all = codes_of<Widths>("widths", widths);
+void evaluate_packed(const Chains& chains, const Tensor& x, const Tensor& out) {
+  const std::vector<StageCode>& codes = chains.stages;
+  const std::vector<Widths> all = codes_of<Widths>("widths", chains.numbers);
   MBN_CHECK(all.size() == codes.size(), op, ": widths: expected ", codes.size(), " stages, got ", all.size());
-  Places places = {packed_memory(packed), kOriginBytes};
+  Places places = {packed_memory(chains.packed), kOriginBytes};
   by_dtype(op, "x", x, [&](auto tag) {
     using S = typename decltype(tag)::type;
     std::vector<Stage<S>> described;
@@ -177,9 +187,58 @@ void evaluate_packed(const Tensor& x, const Tensor& stages, const Tensor& widths
       MBN_CHECK(positive && w.out <= kMostSize && w.in <= kMostSize && w.squeeze <= kMostSize, op, ": widths: expected positive ones, got others");
       described.push_back(stage_of<S>(codes[i], all[i], places));
     }
-    check_packed(packed, places);
-    run(x, described, codes_of<BlockCode>("blocks", blocks), out);
+    check_packed(chains.packed, places);
+    run(x, described, chains.blocks, out);
   });
+}
+
+Chains chains_of(std::vector<Tensor> params, const Tensor& stages, const Tensor& numbers, const Tensor& blocks, const Tensor& packed) {
+  return {stage_codes(stages), codes_of<BlockCode>("blocks", blocks), packed, std::move(params), numbers};
+}
+void evaluate(const Tensor& x, std::vector<Tensor> params, const Tensor& stages, const Tensor& eps, const Tensor& blocks, int64_t version,
+              const Tensor& packed, const Tensor& out) {
+  evaluate_chains(chains_of(std::move(params), stages, eps, blocks, packed), x, version, out);
+}
+
+// ---- Held from call to call -------------------------------------------------------------------------------------------------------
+
+// By number: handing hundreds of tensors over at each call takes as long as a small network's first layers. Never destroyed: at the end of a process tensors
+// may outlive what frees them.
+struct Held {
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::shared_ptr<const Chains>> chains;
+  int64_t next = 1;
+};
+Held& held() {
+  static Held& all = *new Held;
+  return all;
+}
+
+int64_t evaluate_hold(std::vector<Tensor> params, const Tensor& stages, const Tensor& numbers, const Tensor& blocks, const Tensor& packed) {
+  const auto chains = std::make_shared<const Chains>(chains_of(std::move(params), stages, numbers, blocks, packed));
+  const std::lock_guard<std::mutex> lock(held().mutex);
+  held().chains.emplace(held().next, chains);
+  return held().next++;
+}
+
+void evaluate_held(const Tensor& x, int64_t number, int64_t version, const Tensor& out) {
+  std::shared_ptr<const Chains> chains;
+  {
+    const std::lock_guard<std::mutex> lock(held().mutex);
+    const auto found = held().chains.find(number);
+    if (found != held().chains.end()) chains = found->second;
+  }
+  MBN_CHECK(chains != nullptr, op, ": held: expected the number of chains that are held, got ", number);
+  chains->params.empty() ? evaluate_packed(*chains, x, out) : evaluate_chains(*chains, x, version, out);
+}
+
+void evaluate_release(int64_t number) {
+  std::shared_ptr<const Chains> last;  // freed after the lock is
+  const std::lock_guard<std::mutex> lock(held().mutex);
+  const auto found = held().chains.find(number);
+  if (found == held().chains.end()) return;
+  last = std::move(found->second);
+  held().chains.erase(found);
 }
 
 }  // namespace
@@ -188,6 +247,8 @@ void evaluate_packed(const Tensor& x, const Tensor& stages, const Tensor& widths
 
 STABLE_TORCH_LIBRARY_IMPL(mbn, CPU, m) {
   m.impl("evaluate", TORCH_BOX(&mbn::evaluation::evaluate));
-  m.impl("evaluate_packed", TORCH_BOX(&mbn::evaluation::evaluate_packed));
   m.impl("evaluate_size", TORCH_BOX(&mbn::evaluation::evaluate_size));
+  m.impl("evaluate_hold", TORCH_BOX(&mbn::evaluation::evaluate_hold));
+  m.impl("evaluate_held", TORCH_BOX(&mbn::evaluation::evaluate_held));
 }
+STABLE_TORCH_LIBRARY_IMPL(mbn, CompositeExplicitAutograd, m) { m.impl("evaluate_release", TORCH_BOX(&mbn::evaluation::evaluate_release)); }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,10 +167,13 @@ def takes(p: Tensor) -> bool:
     return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
+_version_of = attrgetter("_version")
+
+
 def _version(flat: Sequence[Tensor]) -> int:
     """Grows with every change that PyTorch knows of. Inference tensors count none: -1, as if always changed."""
     try:
-        return sum([p._version for p in flat])
+        return sum(map(_version_of, flat))
     except RuntimeError:
         return -1
 
@@ -187,6 +191,12 @@ class Prepared:
         self._packed = _packed(x, chains, flat, flat, self._evaluation.stages)
         self._dense = chains[0].stages[0].conv == "dense"
         self._shapes: dict[torch.Size, Sequence[int]] = {}
+        self._hold(flat, self._evaluation.eps)
+
+    def _hold(self, params: list[Tensor], numbers: Tensor) -> None:
+        e = self._evaluation
+        self._held = _ops.evaluate_hold(params, e.stages, numbers, e.blocks, self._packed)
+        weakref.finalize(self, _ops.evaluate_release, self._held).atexit = False
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != self._dtype or not x.is_cpu:
@@ -203,33 +213,41 @@ class Prepared:
         return out
 
     def _run(self, x: Tensor, out: Tensor) -> None:
-        e = self._evaluation
-        if self._made_in != Prepared.generation or False in [p.is_cpu for p in self._flat]:
+        if self._made_in != Prepared.generation:
             raise RuntimeError("evaluate: params: expected those it was prepared for, got others")
-        _ops.evaluate(x, self._flat, e.stages, e.eps, e.blocks, _version(self._flat), self._packed, out)
+        _ops.evaluate_held(x, self._held, _version(self._flat), out)
 
     def freeze(self, x: Tensor) -> Frozen:
         """The same with the parameters' numbers of now, for inputs like x."""
-        frozen = Frozen.__new__(Frozen)
-        frozen.__dict__ = self.__dict__ | {"_shapes": {}, "_instruction_set": instruction_set()}
         self(x)  # packs them
-        frozen._packed = _ops.cpu_buffer(1, self._packed.numel(), 1, 1, torch.float32).flatten().copy_(self._packed)
-        frozen._flat = [torch.empty(p.shape, device="meta") for p in self._flat]
-        frozen._widths = self._evaluation.widths(frozen._flat)
-        return frozen
+        packed = _ops.cpu_buffer(1, self._packed.numel(), 1, 1, torch.float32).flatten().copy_(self._packed)
+        return Frozen(self, packed)
 
 
 class Frozen(Prepared):
     """An evaluation whose parameters are numbers: nothing of them is looked at any more."""
 
-    _widths: Tensor
-    _instruction_set: str  # which the numbers are packed for
+    def __init__(self, of: Prepared, packed: Tensor) -> None:
+        self._evaluation, self._dtype, self._dense, self._shapes = of._evaluation, of._dtype, of._dense, {}
+        self._packed, self._instruction_set = packed, instruction_set()  # which the numbers are packed for
+        self._flat = [torch.empty(p.shape, device="meta") for p in of._flat]
+        self._hold([], self._evaluation.widths(self._flat))
+
+    def __reduce__(self) -> tuple:
+        return _thawed, ({name: value for name, value in self.__dict__.items() if name != "_held"},)
 
     def _run(self, x: Tensor, out: Tensor) -> None:
-        e = self._evaluation
         if self._instruction_set != instruction_set():
             raise RuntimeError(f"evaluate: packed: expected for {instruction_set()}, got for {self._instruction_set}")
-        _ops.evaluate_packed(x, e.stages, self._widths, e.blocks, self._packed, out)
+        _ops.evaluate_held(x, self._held, 0, out)
+
+
+def _thawed(state: dict) -> Frozen:
+    """For pickle and copy."""
+    frozen = Frozen.__new__(Frozen)
+    frozen.__dict__.update(state)
+    frozen._hold([], frozen._evaluation.widths(frozen._flat))
+    return frozen
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..modules.fused import FusedModule
-from ..modules.sequence import KeepsEvaluation, run_in_turn
+from ..modules.kept import KeepsEvaluation
+from ..modules.sequence import run_in_turn
 from ..modules.units import Unit, norm_kind
 from ..ops import AUTOCAST_DEVICES
 from .trace import Plan
@@ -61,8 +62,8 @@ class AdoptedBlock(Adopted, FusedModule):
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         x = args[0] if len(args) == 1 and not kwargs else None
-        call = self.call(x) if isinstance(x, Tensor) and runs_fused(x) else None
-        return self.stock_forward(*args, **kwargs) if call is None else call(x)
+        out = self.run_fused(x) if isinstance(x, Tensor) and runs_fused(x) else None
+        return self.stock_forward(*args, **kwargs) if out is None else out
 
     def stock_forward(self, *args: object, **kwargs: object) -> Tensor:
         return super(FusedModule, self).forward(*args, **kwargs)
@@ -71,7 +72,7 @@ class AdoptedBlock(Adopted, FusedModule):
         return _extra_repr(super(FusedModule, self).extra_repr(), super().extra_repr())
 
     def __getstate__(self) -> dict:
-        return _state(super(FusedModule, self)) | {"_reading": None}
+        return _state(super(FusedModule, self)) | {"_reading": None, "_kept": None}
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _revive, (self._own, AdoptedBlock), self.__getstate__()
@@ -109,7 +110,7 @@ class AdoptedSequential(Adopted, KeepsEvaluation, nn.Sequential):
             return None
         if any(view._modules[key] is not child for key, child in own.items()):
             fresh = type(view).__new__(type(view))
-            fresh.__dict__.update(view.__dict__, _modules=own, _reading=None)
+            fresh.__dict__.update(view.__dict__, _modules=own, _reading=None, _kept=None)
             self.__dict__["_views"] = {**self._views, name: fresh}
             return fresh
         return view
@@ -190,7 +191,7 @@ def why_not_adoptable(module: nn.Module) -> str | None:
     """What of a module, whatever it computes, keeps its forward from being taken over."""
     if "forward" in module.__dict__:
         return "a forward of its own, set on the module itself"
-    ours = {name for part in (FusedModule, AdoptedBlock) for name in vars(part)} - set(dir(nn.Module))
+    ours = {name for part in (KeepsEvaluation, FusedModule, AdoptedBlock) for name in vars(part)} - set(dir(nn.Module))
     taken = sorted(name for name in ours if hasattr(module, name))
     return f"an attribute named {taken[0]!r}" if taken else None
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..chain import chain_spec, stage_spec
-from .fused import Call, has_hook
+from .fused import Call
 from .units import ACTS, Unit, _parameter, append_tensors, describe_stem, stage_unit
+from .watch import has_hook
 
 
 def stem_call(module: nn.Module) -> Call | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor, fail
-from .sequence import KeepsEvaluation, forget
+from .kept import KeepsEvaluation, forget
 
 
 class FrozenEvaluation(nn.Module):
@@ -38,8 +38,8 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenEvaluation:
     through all its modules for changes.
 
     Args:
-        model: a network of :mod:`mbn_kernels.models`, a :class:`~mbn_kernels.FusedSequential`, or a Sequential that
-            :func:`~mbn_kernels.fuse` has changed, in evaluation mode, on the CPU.
+        model: a network of :mod:`mbn_kernels.models`, a :class:`~mbn_kernels.FusedSequential`, a fused module, or a
+            module that :func:`~mbn_kernels.fuse` has changed, in evaluation mode, on the CPU.
         example: an input, of the dtype and on the device that others will have.
 
     Raises:
@@ -47,7 +47,7 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenEvaluation:
     """
     check_tensor("freeze", "example", example)
     if not isinstance(model, KeepsEvaluation):
-        expected = "a network of mbn_kernels.models, or a fused Sequential"
+        expected = "a network of mbn_kernels.models, or a fused module"
         fail("freeze", "model", expected, type(model).__name__, TypeError)
     if model.training:
         fail("freeze", "model", "a module in evaluation mode", "one in training mode")

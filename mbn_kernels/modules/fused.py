@@ -6,30 +6,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
+from .. import backends
 from ..chain import chain_spec, parse
 from ..checks import check_tensor
-from ..functional import Running, run_chain
+from ..functional import Running, evaluates, run_chain, runs_directly
+from .kept import KeepsEvaluation, keep, recall
 from .units import Description, Unit, append_tensors, describe, is_same_conv
-
-#: Where PyTorch keeps the hooks of every module. Who counts or times modules sets them: such a hook sees fused modules
-#: one by one, but not into them.
-GLOBAL_HOOKS: tuple[dict, ...] = (
-    global_hooks._global_forward_hooks,
-    global_hooks._global_forward_pre_hooks,
-    global_hooks._global_backward_hooks,
-    global_hooks._global_backward_pre_hooks,
-)
-
-
-def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """Where a module keeps its forward and backward hooks."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def has_hook(module: nn.Module) -> bool:
-    return any(hooks_of(module)) or any(GLOBAL_HOOKS)
+from .watch import has_hook, hooks_of
 
 
 class _Reading(NamedTuple):
@@ -38,12 +22,17 @@ class _Reading(NamedTuple):
     places: list[dict]  # where each module that has children keeps them
     children: list[tuple]  # which they were
     hooks: list[dict]  # of all descendants
+    own: list[dict]  # their attributes
     units: list[Unit]
     drops: list[nn.Module]
     sized: bool  # whether a stage depends on the size of its input
 
     def holds(self) -> bool:
         return [tuple(place.values()) for place in self.places] == self.children
+
+    def forwards(self) -> bool:
+        """Whether a child's forward is not its class's, as where a library has wrapped it."""
+        return True in ["forward" in attributes for attributes in self.own]
 
     def stages(self, size: tuple[int, int] | None) -> list[Description]:
         """Each unit as a stage, for an input of that height and width where it plays a part."""
@@ -66,6 +55,10 @@ class Call(NamedTuple):
     residual: bool
     drops: tuple[nn.Module, ...] = ()
 
+    def evaluates(self, backend: str) -> bool:
+        """Whether that backend has one call for it where no gradient is wanted."""
+        return not self.running and not self.drops and evaluates(self.spec, self.residual, backend)
+
     def __call__(self, x: Tensor) -> Tensor:
         if not self.drops:
             return run_chain(x, *self[:4])
@@ -80,7 +73,7 @@ def _drops(module: nn.Module) -> bool:
     return module.training and (getattr(module, "p", 0) or getattr(module, "drop_prob", 0)) > 0
 
 
-class FusedModule(nn.Module):
+class FusedModule(KeepsEvaluation, nn.Module):
     """A module whose children are ordinary PyTorch modules and whose forward runs them as one fused chain.
 
     The children own the parameters and buffers, so state_dict, optimizers, pruning and conversion find what they
@@ -121,13 +114,13 @@ class FusedModule(nn.Module):
         hooks = [hooks for m in modules[1:] for hooks in hooks_of(m)]
         units = self.units()
         sized = any(is_same_conv(type(unit.conv)) for unit in units)
-        reading = _Reading(places, children, hooks, units, self.drops(), sized)
+        reading = _Reading(places, children, hooks, [m.__dict__ for m in modules[1:]], units, self.drops(), sized)
         if not torch.compiler.is_compiling():
             self._reading = reading
         return reading
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_reading": None}
+        return self.__dict__ | {"_reading": None, "_kept": None}
 
     def why_not_fused(self) -> str | None:
         """Why the children run one by one, or None where they run fused."""
@@ -136,6 +129,8 @@ class FusedModule(nn.Module):
             return "built with fused=False"
         if any(reading.hooks):
             return "a hook on a child"
+        if reading.forwards():
+            return "a forward of its own, set on a child"
         return next((found.reason for found in reading.stages(None) if found.reason), None)
 
     def call(self, x: Tensor | None = None) -> Call | None:
@@ -143,7 +138,9 @@ class FusedModule(nn.Module):
         the chain depends on its size.
         """
         reading = self._read()
-        if not self.fused or not reading.units or any(reading.hooks) or torch.onnx.is_in_onnx_export():
+        if not self.fused or not reading.units or any(reading.hooks) or reading.forwards():
+            return None
+        if torch.onnx.is_in_onnx_export():
             return None
         if reading.sized and x is None:
             return None
@@ -159,8 +156,24 @@ class FusedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor(type(self).__name__, "x", x)
+        out = self.run_fused(x)
+        return self.stock_forward(x) if out is None else out
+
+    def run_fused(self, x: Tensor) -> Tensor | None:
+        """What the chain makes of ``x``, or None where the children run one by one."""
+        backend = None
+        if not torch.is_grad_enabled() and runs_directly(x):
+            backend = backends.choose(x.device, x.dtype)
+            out = recall(self, [self], x, backend)
+            if out is not None:
+                return out
         call = self.call(x)
-        return self.stock_forward(x) if call is None else call(x)
+        if call is None:
+            return None
+        out = call(x)
+        if backend and call.evaluates(backend) and not self._reading.sized and not has_hook(self):
+            keep(self, [self], x, [call], backend)
+        return out
 
     def extra_repr(self) -> str:
         reason = self.why_not_fused()

@@ -4,45 +4,16 @@ not stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
 from ..chain import parse
-from ..functional import evaluates, run_linked, runs_directly
+from ..functional import run_linked, runs_directly
 from .ends import Head, stem_call
-from .fused import Call, FusedModule, has_hook
-from .watch import Watch
-
-
-class _Kept(NamedTuple):
-    """An evaluation in one call, and what it was made of."""
-
-    children: dict  # of the module that keeps it; a replica has others
-    parts: list[nn.Module]  # and the head's modules
-    watch: Watch
-    backend: str
-    run: Callable[[Tensor], Tensor]
-    flat: bool
-
-    def holds(self, parts: list[nn.Module]) -> bool:
-        return self.parts == parts and self.watch.holds()
-
-
-def forget(owner: KeepsEvaluation) -> None:
-    """Drops what :class:`KeepsEvaluation` has kept."""
-    owner.__dict__.pop("_kept", None)
-
-
-class KeepsEvaluation:
-    """Of a module that runs its parts in turn: the last evaluation that took one call, as long as the parts are what
-    they were. The class's ``__getstate__`` must leave it out.
-    """
-
-    _kept: _Kept | None = None
+from .fused import Call, FusedModule
+from .kept import KeepsEvaluation, keep, recall
+from .watch import has_hook
 
 
 class FusedSequential(KeepsEvaluation, nn.Sequential):
@@ -71,43 +42,28 @@ def run_in_turn(owner: KeepsEvaluation, parts: list[nn.Module], x: Tensor, head:
         # On other devices than a CPU this was not measured.
         x = _train(parts, x, backend) if backend == "cpu" else _one_by_one(parts, x, None)
         return head(x) if head else x
-    kept, everything = owner._kept, [*parts, *(head.modules() if head else ())]
-    if kept and kept.children is owner._modules and kept.backend == backend and kept.holds(everything):
-        try:
-            out = kept.run(x)
-            return out.flatten(1) if kept.flat else out
-        except (RuntimeError, ValueError, IndexError):
-            pass  # x does not fit, or a tensor is no longer what it was: the way below finds out, and finds the words
-    if kept:
-        forget(owner)
+    everything = [*parts, *(head.modules() if head else ())]
+    out = recall(owner, everything, x, backend)
+    if out is not None:
+        return out
     if backends.why_unsupported(x.device, x.dtype):
         return _one_by_one(parts, x, head)
     waiting, whole = [], True
     for part in parts:
         calls = _calls(part, not waiting)
-        if calls and all(_evaluates(call, backend) for call in calls):
+        if calls and all(call.evaluates(backend) for call in calls):
             waiting += calls
             continue
         x, waiting, whole = part(_run(x, waiting, backend)), [], False
     ends = head and head.calls()
-    if ends and all(_evaluates(call, backend) for call in ends):
+    if ends and all(call.evaluates(backend) for call in ends):
         waiting += ends
     elif head:
         return head(_run(x, waiting, backend))
     out = _run(x, waiting, backend)
     if whole and waiting:
-        _keep(owner, everything, head is not None, x, waiting, backend)
+        keep(owner, everything, x, waiting, backend, head is not None)
     return out.flatten(1) if head else out
-
-
-def _keep(
-    owner: KeepsEvaluation, parts: list[nn.Module], flat: bool, x: Tensor, calls: list[Call], backend: str
-) -> None:
-    chains, residuals = tuple(parse(call.spec) for call in calls), tuple(call.residual for call in calls)
-    run = backends.get(backend).kernels.prepared(x, chains, [p for call in calls for p in call.params], residuals)
-    if run is None:
-        return
-    owner.__dict__["_kept"] = _Kept(owner._modules, parts, Watch(parts), backend, run, flat)
 
 
 def _train(parts: list[nn.Module], x: Tensor, backend: str) -> Tensor:
@@ -164,10 +120,6 @@ def _calls(part: nn.Module, first: bool) -> list[Call] | None:
 
 def _block_call(block: FusedModule) -> Call | None:
     return None if has_hook(block) or "forward" in block.__dict__ else block.call()
-
-
-def _evaluates(call: Call, backend: str) -> bool:
-    return not call.running and not call.drops and evaluates(call.spec, call.residual, backend)
 
 
 def _run(x: Tensor, calls: list[Call], backend: str) -> Tensor:

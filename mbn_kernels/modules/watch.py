@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import is_, itemgetter
+from array import array
 
 from torch import nn
+from torch.nn.modules import module as global_hooks
 
-from .fused import GLOBAL_HOOKS, hooks_of
+#: Where PyTorch keeps the hooks of every module. Who counts or times modules sets them: such a hook sees fused modules
+#: one by one, but not into them.
+GLOBAL_HOOKS: tuple[dict, ...] = (
+    global_hooks._global_forward_hooks,
+    global_hooks._global_forward_pre_hooks,
+    global_hooks._global_backward_hooks,
+    global_hooks._global_backward_pre_hooks,
+)
+#: Attributes of ours that say what was read of a tree, and not what it is.
+_NOTES = ("_reading", "_kept")
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """Where a module keeps its forward and backward hooks."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def has_hook(module: nn.Module) -> bool:
+    return any(hooks_of(module)) or any(GLOBAL_HOOKS)
 
 
 class Watch:
-    """What a forward depends on below some modules: children, parameters and buffers by identity, hooks, classes and
-    plain attributes.
+    """What a forward depends on below some modules: children, parameters and buffers, hooks (none), classes and all
+    attributes, by identity.
 
-    A tree is other than it was where any of it is; a tensor's own contents are not looked at.
+    A tree is other than it was where any of it is; a tensor's own contents are not looked at. The compiled library
+    does the looking, so this is for who runs its kernels.
     """
 
     def __init__(self, roots: list[nn.Module]) -> None:
-        self._modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
-        self._classes = list(map(type, self._modules))
-        self._hooks = [*GLOBAL_HOOKS, *(hooks for m in self._modules for hooks in hooks_of(m))]
-        self._dicts = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
-        self._held = [value for d in self._dicts for value in d.values()]
-        self._own = [m.__dict__ for m in self._modules]
-        self._sizes = list(map(len, self._own))  # a new attribute may be a forward
-        public = [(m.__dict__, [name for name in m.__dict__ if not name.startswith("_")]) for m in self._modules]
-        self._attributes = [(itemgetter(*names), attributes) for attributes, names in public]
-        self._values = self._read()
+        from .._C import unchanged
 
-    def _read(self) -> list:
-        return [get(attributes) for get, attributes in self._attributes]
+        modules = tuple(dict.fromkeys(m for root in roots for m in root.modules()))
+        hooks = [*GLOBAL_HOOKS, *(hooks for m in modules for hooks in hooks_of(m))]
+        held = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
+        notes = [*(id(type(m)) for m in modules), *(0 for _ in hooks)]
+        for d in held:
+            notes += len(d), *(note for name, value in d.items() for note in (id(name), _note(name, value)))
+        # No address comes to be another object's while this lives.
+        self._alive = [*map(type, modules), *(list(d.items()) for d in held)]
+        self._unchanged, self._asked = unchanged, (modules, (*hooks, *held), array("Q", notes).tobytes())
 
     def holds(self) -> bool:
-        # Loops in C: a network has some thousand of these.
-        if any(self._hooks) or sum(map(len, self._dicts)) != len(self._held):
-            return False
-        if list(map(len, self._own)) != self._sizes:
-            return False
-        if not all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._held)):
-            return False
-        try:
-            return list(map(type, self._modules)) == self._classes and self._read() == self._values
-        except (KeyError, RuntimeError, ValueError):  # an attribute is gone, or is a tensor
-            return False
+        return self._unchanged(*self._asked)
+
+
+def _note(name: str, value: object) -> int:
+    return 0 if name in _NOTES else id(value)
