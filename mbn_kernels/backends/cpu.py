@@ -251,7 +251,7 @@ def _thawed(state: dict) -> Frozen:
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=accumulate_dtype(like.dtype), device=like.device)
+    return like.new_empty(shape, dtype=accumulate_dtype(like.dtype))
 
 
 class CpuKernels:

