@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cpu_scaling, cpu_training
+from . import cpu_calls, cpu_scaling, cpu_training
 from .cpu_runs import table
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "evaluation-bfloat16": table,
     "scaling": cpu_scaling.table,
     "training": cpu_training.tables,
+    "calls": cpu_calls.table,
 }
 #: A place for a table in a page, and what stands there.
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="rich is not installed")
-from benchmarks import cpu_charts, cpu_contestants, cpu_peers, cpu_processes, cpu_runs, cpu_scaling, cpu_training, pages
+from benchmarks import (
+    cpu_calls,
+    cpu_charts,
+    cpu_contestants,
+    cpu_peers,
+    cpu_processes,
+    cpu_runs,
+    cpu_scaling,
+    cpu_training,
+    pages,
+)
 from benchmarks.cpu_contestants import Case, Contestant, Network
 
 SMALL = Case("mobilenet_v3_small", 2, 1, resolution=32, width=0.35)
@@ -165,6 +175,24 @@ def test_who_has_wrong_gradients_has_no_time(monkeypatch: pytest.MonkeyPatch) ->
     given = {"case": SMALL, "names": ["eager-nchw", "fused"], "timing": ONCE, "memory": False}
     found = only(cpu_training.measure(given))
     assert list(found["seconds"]) == ["eager-nchw"] and "gradients are off by" in found["failed"]["fused"]
+
+
+def test_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call costs; an output that is not stock's ends it."""
+    path = tmp_path / "calls.json"
+    cpu_calls.main(["--rounds", "1", "--burst", "2", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["way"], len(row["seconds"])) for row in rows] == [("evaluation", 4)] * 2 + [("training", 2)] * 2
+    assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
+    lines = cpu_calls.table({"rows": rows}).splitlines()
+    assert len(lines) == 6 and lines[0].startswith("| µs a call | stock modules | fused |")
+    assert lines[-1].startswith("| inverted residual with squeeze-excite, training |") and lines[-1].endswith(
+        "| – | – |"
+    )
+    assert capsys.readouterr().out.splitlines()[-6:] == lines
+    monkeypatch.setattr(cpu_calls, "freeze", lambda module, x: lambda x: module(x) + 1)
+    with pytest.raises(AssertionError, match="inverted residual, frozen: "):
+        cpu_calls.main(["--rounds", "1", "--burst", "1"])
 
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
