@@ -102,7 +102,7 @@ static void rows_to_panels(const S* from, int64_t channels, int64_t begin, int64
   for (int64_t c = 0; c < channels; c += L) {
     const int count = int(smaller<int64_t>(L, channels - c));
     Map<S>* at = to.data + c / P * to.panel + c % P;
-    for (int64_t r = begin; r < end; ++r) store(at + r * P, load(from + r * channels + c, count));
+    for (int64_t r = begin; r < end; ++r) store(at + r * to.step, load(from + r * channels + c, count));
   }
 }
 template <class S>
@@ -112,7 +112,7 @@ static void panels_to_rows(Rows<const Map<S>> from, int64_t channels, int64_t be
   for (int64_t c = 0; c < channels; c += L) {
     const int count = int(smaller<int64_t>(L, channels - c));
     const Map<S>* at = from.data + c / P * from.panel + c % P;
-    for (int64_t r = begin; r < end; ++r) store(to + r * channels + c, load(at + r * P), count);
+    for (int64_t r = begin; r < end; ++r) store(to + r * channels + c, load(at + r * from.step), count);
   }
 }
 
@@ -125,9 +125,9 @@ static void pool_panels(const Step<S>& p, int64_t images, Range vectors, Rows<co
   for (int64_t v = vectors.begin; v < vectors.end; ++v) {
     const int64_t panel = v / kPanelVectors, at = v % kPanelVectors * L;
     for (int64_t n = 0; n < images; ++n) {
-      const Map<S>* row = from.data + panel * from.panel + n * pixels * P + at;
+      const Map<S>* row = from.data + panel * from.panel + n * pixels * from.step + at;
       Vec<T> sum[4] = {};
-      for (int64_t r = 0; r < pixels; ++r) sum[r % 4] += load(row + r * P);
+      for (int64_t r = 0; r < pixels; ++r) sum[r % 4] += load(row + r * from.step);
       store(to.data + panel * to.panel + n * P + at, ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (T(1) / T(pixels)));
     }
   }
@@ -180,22 +180,23 @@ static void run_steps(const Network<S>& net, const Member& member, const Room<S>
   if (first == 0 && !p.step[0].dense.weight) {
     const int64_t pixels = net.pixels(0), channels = p.step[0].in_channels;
     const Range rows = share_of(member, images * pixels);
-    const Rows<M> x = {room.maps[side], images * pixels * P};
+    const Rows<M> x = {room.maps[side], images * pixels * P, row_step<M>(channels)};
     rows_to_panels<S>(p.x + begin * pixels * channels, channels, rows.begin, rows.end, x);
     meet(member);
-    from = {x.data, x.panel}, side = 1;
+    from = reading(x), side = 1;
   }
   for (int64_t i = first; i < last; ++i) {
     const Step<S>& step = p.step[i];
     const int64_t out_pixels = step.out_height * step.out_width;
-    const Rows<M> out = i + 1 == last ? to : Rows<M>{room.maps[side], images * out_pixels * P};
+    const int64_t row = step.project.weight ? row_step<M>(step.out_channels) : P;  // others write rows of one width only
+    const Rows<M> out = i + 1 == last ? to : Rows<M>{room.maps[side], images * out_pixels * P, row};
     if (step.kind == StepKind::pool) {
       pool_panels(step, images, share_of(member, ceil_div(step.in_channels, kLanes<Accumulate<S>>)), from, out);
     } else {
       run_block(step, images, member, from, image, p.x_strides[0], out, room.space);
     }
     if (i + 1 < last) meet(member);
-    from = {out.data, out.panel}, side = 1 - side;
+    from = reading(out), side = 1 - side;
   }
 }
 
@@ -215,7 +216,7 @@ static void run_images(const Network<S>& net, const Member& member, const Room<S
       meet(member);
     }
     if (net.grouped == net.together) continue;
-    run_steps<S>(net, member, group, net.grouped, net.together, first, last, {between.data, between.panel}, from_row(to, first * to_pixels));
+    run_steps<S>(net, member, group, net.grouped, net.together, first, last, reading(between), from_row(to, first * to_pixels));
     meet(member);
   }
 }
@@ -281,11 +282,11 @@ void evaluate(const Evaluate<S>& p) {
       run_images(net, member, single, group, gathered, 0, p.images, middle, middle_pixels);
     }
     if (heads) {
-      run_steps<S>(net, member, head, net.together, p.steps, 0, p.images, {middle.data, middle.panel}, last);
+      run_steps<S>(net, member, head, net.together, p.steps, 0, p.images, reading(middle), last);
       meet(member);
     }
     const Range rows = share_of(member, p.images * out_pixels);
-    panels_to_rows<S>({last.data, last.panel}, last_step.out_channels, rows.begin, rows.end, p.out);
+    panels_to_rows<S>(reading(last), last_step.out_channels, rows.begin, rows.end, p.out);
   });
 }
 

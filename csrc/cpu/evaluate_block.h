@@ -84,9 +84,9 @@ static void gates_of(const Block<S>& b, const Member& member, const Workspace<S>
   clear_odd_lane(pooled, p.channels, 0, b.images);
   const Layer<S> reduce = layer_of<S>(p.reduce, p.channels, p.squeeze), restore = layer_of<S>(p.restore, p.squeeze, p.channels);
   const Range narrow = share_of(member, ceil_div(p.squeeze, L)), wide = share_of(member, vectors);
-  layer_rows<S, M>(reduce, {pooled.data, pooled.panel}, hidden, {}, 0, b.images, narrow.begin, narrow.end);
+  layer_rows<S, M>(reduce, reading(pooled), hidden, {}, 0, b.images, narrow.begin, narrow.end);
   meet(member);
-  layer_rows<S, T>(restore, {hidden.data, hidden.panel}, {space.gate, b.images * P}, {}, 0, b.images, wide.begin, wide.end);
+  layer_rows<S, T>(restore, reading(hidden), {space.gate, b.images * P}, {}, 0, b.images, wide.begin, wide.end);
   meet(member);
 }
 
@@ -181,7 +181,7 @@ static void share_bands(const Block<S>& b, const Member& member, Source<S> from,
       convolve_rows(d, image, unit, begin, end, ring, b.projects ? middle : to, static_cast<T*>(nullptr));
     }
     goes_on = i + 1;
-    if (b.projects) project_band(b, image, {middle.data, middle.panel}, to, begin, end);
+    if (b.projects) project_band(b, image, reading(middle), to, begin, end);
   });
 }
 
@@ -266,7 +266,7 @@ static void project_share(const Block<S>& b, const Member& member, Rows<Map<S>> 
       layer.weight = weight;
     }
     if (in_map && member.size == 1) gate_rows(b, from, space.gate + group * P, first, first + rows);
-    layer_rows<S, M>(layer, {from.data, from.panel}, out, residual, first + part.begin, first + part.end, columns.begin * kPanelVectors,
+    layer_rows<S, M>(layer, reading(from), out, residual, first + part.begin, first + part.end, columns.begin * kPanelVectors,
                      smaller(vectors, columns.end * kPanelVectors));
   });
 }
@@ -301,7 +301,7 @@ static void run_block(const Step<S>& p, int64_t images, const Member& member, Ro
   const Block<S> b = block_of(p, images);
   const Source<S> from = {x, image, nullptr, 0};
   if (!b.spatial && p.dense.weight) return dense_share(p, images, member, image, image_step, out);
-  if (!b.spatial) return project_share(b, member, {const_cast<M*>(x.data), x.panel}, x, out, space);
+  if (!b.spatial) return project_share(b, member, {const_cast<M*>(x.data), x.panel, x.step}, x, out, space);
   if (shares_rows(b, member)) return share_bands(b, member, from, image_step, out);
   if (!b.projects) return convolve_share(b, member, from, image_step, out, space);
   const Rows<M> middle = {space.middle, images * b.out_pixels * kPanel<Accumulate<S>>};

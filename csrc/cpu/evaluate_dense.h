@@ -114,7 +114,7 @@ static void dense_row(const Dense<S>& d, const Image<S>& image, Lines<S>& lines,
   const int64_t panel = first / kPanelVectors, within = first % kPanelVectors, step = w.stride_w * d.padded;
   const M* weight = d.layer.weight + panel * weight_panel_size<M>(d.layer.depth) + within * L * kPair<M>;
   DenseTile<M, To> tile = {lines.runs, 0, step, d.runs, d.run / kPair<M>,
-                           {nullptr, 0, weight, 0, d.layer.shift + first * L, d.layer.act, to, vector_step, kEvenRows<Step>.at, nullptr}};
+                           {nullptr, 0, 0, weight, 0, d.layer.shift + first * L, d.layer.act, to, vector_step, kEvenRows<Step>.at, nullptr, nullptr}};
   const auto at = [&](int64_t column) {
     tile.at = column * step;
     tile.product.to = to + column * Step;

@@ -192,18 +192,18 @@ template <class S>
 static void bring_rows(const Depthwise<S>& d, const Source<S>& from, int64_t vector, int vectors, int64_t begin, int64_t end, UnitRing<S>& ring) {
   using T = Accumulate<S>;
   using M = Map<S>;
-  constexpr int64_t P = kPanel<T>, L = kLanes<T>;
+  constexpr int64_t L = kLanes<T>;
   if (d.p.dense.weight) return bring_dense_rows(d, from, vector, vectors, begin, end, ring);
-  const int64_t width = d.p.width, panel = vector / kPanelVectors, within = vector % kPanelVectors * L;
+  const int64_t width = d.p.width, step = from.map.step, panel = vector / kPanelVectors, within = vector % kPanelVectors * L;
   const auto place_of = [&](int64_t row, int64_t column) { return int32_t(((row % d.slots) * d.columns + d.p.window.pad_left + column) * L); };
   if (d.expand.weight == nullptr) {
     for (int64_t row = begin; row < end; ++row) {
-      const M* x = from.map.data + panel * from.map.panel + row * width * P + within;
+      const M* x = from.map.data + panel * from.map.panel + row * width * step + within;
       T* to = ring.data + place_of(row, 0);
       for (int64_t c = 0; c < width; ++c) {
         for (int v = 0; v < vectors; ++v) {
-          __builtin_prefetch(x + (width + c) * P + v * L, 0, 2);  // the next row's
-          store(to + c * L + v * d.vector_size(), load(x + c * P + v * L));
+          __builtin_prefetch(x + (width + c) * step + v * L, 0, 2);  // the next row's
+          store(to + c * L + v * d.vector_size(), load(x + c * step + v * L));
         }
       }
     }
@@ -211,6 +211,7 @@ static void bring_rows(const Depthwise<S>& d, const Source<S>& from, int64_t vec
   }
   ProductTile<M, T> tile = {nullptr,
                             from.map.panel,
+                            step,
                             d.expand.weight + panel * weight_panel_size<M>(d.expand.depth) + within * kPair<M>,
                             steps_of<M>(d.expand.depth),
                             d.expand.shift + vector * L,
@@ -218,11 +219,12 @@ static void bring_rows(const Depthwise<S>& d, const Source<S>& from, int64_t vec
                             ring.data,
                             d.vector_size(),
                             nullptr,
+                            nullptr,
                             nullptr};
   const int halves = halves_of<T>(d.expand.columns, vector, vectors);
   int64_t row = begin, column = 0;
   for_tiles((end - begin) * width, [&](int64_t pixel, int rows) {
-    tile.left = from.map.data + (begin * width + pixel) * P;
+    tile.left = from.map.data + (begin * width + pixel) * step;
     int32_t places[kTileRows];
     if (column + rows <= width) {
       tile.to = ring.data + place_of(row, column);

@@ -46,15 +46,31 @@ MBN_INLINE int64_t weight_size(int64_t columns, int64_t depth) {
   return panels_of<M>(columns) * weight_panel_size<M>(depth);
 }
 
-// Rows of channels as panels: channel c of row r is at data[c / kColumns * panel + r * kColumns + c % kColumns].
+// Rows of channels as panels: channel c of row r is at data[c / kColumns * panel + r * step + c % kColumns].
 template <class M>
 struct Rows {
   M* data;
-  int64_t panel;  // from panel to panel: (rows of the whole map) * kColumns
+  int64_t panel;               // from panel to panel: (rows of the whole map) * kColumns
+  int64_t step = kColumns<M>;  // from row to row; of a narrow map kNarrow
 };
 template <class M>
 MBN_INLINE Rows<M> from_row(Rows<M> rows, int64_t row) {
-  return {rows.data + row * kColumns<M>, rows.panel};
+  return {rows.data + row * rows.step, rows.panel, rows.step};
+}
+template <class M>
+MBN_INLINE Rows<const M> reading(Rows<M> rows) {
+  return {rows.data, rows.panel, rows.step};
+}
+
+// Between steps, a map of no more than one vector of channels is that wide: the largest maps of a network have 16 channels and, half padding, would not stay
+// in the second-level cache.
+template <class M>
+constexpr bool kNarrows = MBN_VECTOR_BYTES == 64 && sizeof(Accumulate<M>) == sizeof(float);
+template <class M>
+constexpr int64_t kNarrow = kLanes<Accumulate<M>>;
+template <class M>
+MBN_INLINE int64_t row_step(int64_t channels) {
+  return kNarrows<M> && channels <= kNarrow<M> ? kNarrow<M> : kColumns<M>;
 }
 
 // A tile applies four of the activations to its sums in registers, each in a kernel of its own: the two minima of a clamp cost a processor as much as two
@@ -122,7 +138,7 @@ template <class M, class To>
 struct ProductTile {
   using T = Accumulate<M>;
   const M* left;  // the tile's first row
-  int64_t left_panel;
+  int64_t left_panel, left_step;
   const M* right;  // one panel of the weight
   int64_t steps;
   const T* shift;  // of the panel's columns; added last, as a sum that began with it would round each term to its size
@@ -130,7 +146,8 @@ struct ProductTile {
   To* to;
   int64_t vector_step;          // from a row's vector to its next in `to`
   const int32_t* places;        // of each row, counted from `to`
-  const To* residual;           // added at the end, at the same places; null: none
+  const To* residual;           // added at the end; null: none
+  const int32_t* residual_places;  // of each row, counted from there
   const T* before = nullptr;    // added before the activation, rows of kColumns; null: none
   const M* ahead = nullptr;     // what the next panel's tile reads: a line of it is fetched with each step; null: nothing
 };
@@ -159,7 +176,7 @@ template <class M>
 constexpr int64_t kLine = 64 / sizeof(M);
 
 // Up to one panel's steps of a tile.
-template <class M, class T, int R, int H>
+template <class M, int Step, class T, int R, int H>
 MBN_INLINE void multiply_panel(HalfTile<T, R, H>& acc, const M* left, const M* right, int64_t steps, const M* ahead) {
   constexpr int kWhole = H / 2;
   for (int64_t k = 0; k < steps; ++k) {
@@ -170,8 +187,8 @@ MBN_INLINE void multiply_panel(HalfTile<T, R, H>& acc, const M* left, const M* r
     if constexpr (H % 2) half[0] = load_bits<Half<T>>(right + kWhole * kLanes<T> * kPair<M>);
     MBN_UNROLL
     for (int r = 0; r < R; ++r) {
-      if constexpr (kWhole > 0) multiply_row<M>(acc.whole[r], left + r * kColumns<M>, b);
-      if constexpr (H % 2) multiply_row<M>(acc.half[r], left + r * kColumns<M>, half);
+      if constexpr (kWhole > 0) multiply_row<M>(acc.whole[r], left + r * Step, b);
+      if constexpr (H % 2) multiply_row<M>(acc.half[r], left + r * Step, half);
     }
     __builtin_prefetch(ahead, 0, 2);
     ahead += kLine<M>;
@@ -181,25 +198,29 @@ MBN_INLINE void multiply_panel(HalfTile<T, R, H>& acc, const M* left, const M* r
 }
 
 // From the sums in registers to the map.
-template <Act A, class T, int R, int NV, class To>
-MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const T* shifts, To* to, int64_t vector_step, const int32_t* places, const To* residual) {
+template <Act A, class M, class T, int R, int NV, class To>
+MBN_INLINE void finish_tile(const Tile<T, R, NV>& acc, const ProductTile<M, To>& t) {
   Vec<T> shift[NV];
   MBN_UNROLL
-  for (int v = 0; v < NV; ++v) shift[v] = load(shifts + v * kLanes<T>);
+  for (int v = 0; v < NV; ++v) shift[v] = load(t.shift + v * kLanes<T>);
+  To* const to = t.to;  // a store might change what lies in t
+  const To* const residual = t.residual;
+  const int32_t *places = t.places, *residual_places = t.residual_places;
+  const int64_t step = t.vector_step;
   MBN_UNROLL
   for (int r = 0; r < R; ++r) {
-    const int64_t at = places[r];
+    const int64_t at = places[r], residual_at = residual ? residual_places[r] : 0;
     MBN_UNROLL
     for (int v = 0; v < NV; ++v) {
       Vec<T> z = activate<A>(acc.at[r][v] + shift[v]);
-      if (residual) z += load(residual + at + v * vector_step);
-      store(to + at + v * vector_step, z);
+      if (residual) z += load(residual + residual_at + v * step);
+      store(to + at + v * step, z);
     }
   }
 }
 
 // One tile of a panel: rows x halves of vectors.
-template <class M, class To, int R, int H, Act A>
+template <class M, class To, int R, int H, Act A, int Step>
 static void product_tile(const ProductTile<M, To>& t) {
   using T = Accumulate<M>;
   constexpr int L = kLanes<T>, NV = (H + 1) / 2;
@@ -208,7 +229,7 @@ static void product_tile(const ProductTile<M, To>& t) {
   const M *left = t.left, *right = t.right, *ahead = t.ahead ? t.ahead : right;
   for (int64_t rest = t.steps; rest > 0; rest -= kPanelSteps) {
     const int64_t steps = smaller(rest, kPanelSteps);
-    multiply_panel(sums, left, right, steps, ahead);
+    multiply_panel<M, Step>(sums, left, right, steps, ahead);
     ahead += steps * kLine<M>;
     left += t.left_panel;
     right += steps * kPair<M> * kColumns<M>;
@@ -221,16 +242,17 @@ static void product_tile(const ProductTile<M, To>& t) {
       for (int v = 0; v < NV; ++v) acc.at[r][v] += load(t.before + r * kColumns<M> + v * L);
     }
   }
-  finish_tile<A>(acc, t.shift, t.to, t.vector_step, t.places, t.residual);
+  finish_tile<A>(acc, t);
 }
 
-// The tile kernels for [activation][halves of vectors][rows].
+// The tile kernels for [narrow rows to the left][activation][halves of vectors][rows].
 template <class M, class To>
 struct ProductKernels {
-  void (*at[4][2 * kPanelVectors + 1][kTileRows + 1])(const ProductTile<M, To>&);
+  void (*at[2][4][2 * kPanelVectors + 1][kTileRows + 1])(const ProductTile<M, To>&);
   template <Act A, int H, int... R>
   constexpr void fill(std::integer_sequence<int, R...>) {
-    ((at[int(A)][H][R + 1] = product_tile<M, To, R + 1, H, A>), ...);
+    ((at[0][int(A)][H][R + 1] = product_tile<M, To, R + 1, H, A, kColumns<M>>), ...);
+    if constexpr (kNarrows<M>) ((at[1][int(A)][H][R + 1] = product_tile<M, To, R + 1, H, A, kNarrow<M>>), ...);
   }
   template <Act A>
   constexpr void fill_widths() {
@@ -247,7 +269,7 @@ static constexpr ProductKernels<M, To> kProductKernels;
 
 template <class M, class To>
 MBN_INLINE void product_of_rows(const ProductTile<M, To>& t, int rows, int halves) {
-  kProductKernels<M, To>.at[int(act_of_tile(t.act))][halves][rows](t);
+  kProductKernels<M, To>.at[t.left_step < kColumns<M>][int(act_of_tile(t.act))][halves][rows](t);
 }
 
 // Rows that lie `Step` numbers apart.
@@ -267,10 +289,10 @@ static __attribute__((noinline)) void finish_rows(const ProductTile<M, To>& t, i
   with_act(t.act, [&](auto act) {
     for (int r = 0; r < rows; ++r) {
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = t.places[r] + v * t.vector_step;
-        auto z = activate<decltype(act)::act>(load(t.to + at));
-        if (residual) z += load(residual + at);
-        store(t.to + at, z);
+        To* at = t.to + t.places[r] + v * t.vector_step;
+        auto z = activate<decltype(act)::act>(load(at));
+        if (residual) z += load(residual + t.residual_places[r] + v * t.vector_step);
+        store(at, z);
       }
     }
   });
@@ -283,8 +305,8 @@ static __attribute__((noinline)) void product_in_parts(ProductTile<M, To> t, int
   using T = Accumulate<M>;
   static constexpr T kZeros[kColumns<M>] = {};
   T sums[kTileRows * kColumns<M>];
-  ProductTile<M, T> part = {t.left, t.left_panel, t.right, kPartSteps, kZeros, Act::identity, sums,
-                              kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr, nullptr, t.ahead};
+  ProductTile<M, T> part = {t.left, t.left_panel, t.left_step, t.right, kPartSteps, kZeros, Act::identity, sums,
+                            kLanes<T>, kEvenRows<kColumns<M>>.at, nullptr, nullptr, nullptr, t.ahead};
   t.before = sums;
   for (; t.steps > kPartSteps; t.steps -= kPartSteps) {
     product_of_rows(part, rows, halves);
@@ -317,7 +339,7 @@ template <class M, class To>
 struct DenseTile {
   const M* const* lines;  // of each run
   int64_t at, row_step, runs, steps;
-  ProductTile<M, To> product;  // left, left_panel and steps are not read
+  ProductTile<M, To> product;  // left, left_panel, left_step and steps are not read
 };
 constexpr int kDenseRows = MBN_VECTOR_BYTES == 64 ? 14 : kTileRows;
 template <class M, class To, int R, int NV, Act A>
@@ -338,7 +360,7 @@ static __attribute__((noinline)) void dense_tile(const DenseTile<M, To>& t) {
       right += kPair<M> * kColumns<M>;
     }
   }
-  finish_tile<A>(acc, t.product.shift, t.product.to, t.product.vector_step, t.product.places, t.product.residual);
+  finish_tile<A>(acc, t.product);
 }
 template <class M, class To, int R>
 MBN_INLINE void dense_rows_of(const DenseTile<M, To>& t, int vectors) {
@@ -369,7 +391,7 @@ MBN_INLINE void clear_odd_lane(Rows<To> to, int64_t channels, int64_t begin, int
   if constexpr (kPair<To> == 2) {
     if (channels % 2 == 0) return;
     To* at = to.data + channels / kColumns<To> * to.panel + channels % kColumns<To>;
-    for (int64_t r = begin; r < end; ++r) at[r * kColumns<To>] = To{};
+    for (int64_t r = begin; r < end; ++r) at[r * to.step] = To{};
   }
 }
 
@@ -387,13 +409,14 @@ static void layer_rows(const Layer<S>& layer, Rows<const Map<S>> from, Rows<To> 
     const int64_t steps = steps_of<M>(layer.depth);
     // The first tiles of a panel fetch the next one: where a map is small, its weights are read once, from afar.
     const M *next = weight + weight_panel_size<M>(layer.depth), *after = vector + vectors < last ? next + weight_panel_size<M>(layer.depth) : next;
+    const auto places_of = [](int64_t step) { return step < kColumns<M> ? kEvenRows<int(kNarrow<M>)>.at : kEvenRows<kColumns<M>>.at; };
     for_tiles(end - begin, [&](int64_t row, int rows) {
-      const int64_t place = (begin + row) * kColumns<M> + within * L;
-      To* into = to.data + panel * to.panel + place;
-      prefetch_tile(into, 1, rows, 0, kColumns<M>, vectors * L);
-      finished_product<M, To>({from.data + (begin + row) * kColumns<M>, from.panel, weight, steps, layer.shift + vector * L,
-                               layer.act, into, L, kEvenRows<kColumns<M>>.at,
-                               residual.data ? residual.data + panel * residual.panel + place : nullptr, nullptr, next < after ? next : nullptr},
+      const int64_t at = begin + row;
+      To* into = to.data + panel * to.panel + at * to.step + within * L;
+      const To* added = residual.data ? residual.data + panel * residual.panel + at * residual.step + within * L : nullptr;
+      prefetch_tile(into, 1, rows, 0, to.step, vectors * L);
+      finished_product<M, To>({from.data + at * from.step, from.panel, from.step, weight, steps, layer.shift + vector * L, layer.act, into, L,
+                               places_of(to.step), added, places_of(residual.step), nullptr, next < after ? next : nullptr},
                               rows, halves);
       next += steps * kLine<M>;
     });
