@@ -8,6 +8,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ ELF_RELOCATABLE, ELF_AARCH64 = 1, 183
 
 def compile_for_aarch64(source: Path, made: Path) -> None:
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
-    include += ["-isystem", str(Path(torch.__file__).parent / "include")]  # whose warnings are not ours
+    # Whose warnings are not ours.
+    for others in (Path(torch.__file__).parent / "include", sysconfig.get_path("include")):
+        include += ["-isystem", str(others)]
     command = [sys.executable, "-m", "ziglang", "c++", "-target", TARGET, *FLAGS, *include]
     command += ["-c", str(source), "-o", str(made)]
     cache = str(made.parent / "cache")

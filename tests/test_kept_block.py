@@ -132,6 +132,14 @@ def test_a_change(pair: tuple, change: str) -> None:
     same(*pair)
 
 
+def test_a_childs_own_forward_is_the_reason(pair: tuple) -> None:
+    fused = pair[0]
+    with_a_forward(fused)
+    assert fused.why_not_fused() == "a forward of its own, set on a child"
+    del convolution(fused).forward
+    assert fused.why_not_fused() is None
+
+
 def test_is_one_call_without_a_look_at_the_tree(pair: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     fused, plain = pair
     calls = counted(monkeypatch)
