@@ -44,7 +44,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapper
 
-    owners = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"), (mbn_kernels.backends.cpu, "buffer"))
+    owners = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"), (Tensor, "new_empty_strided"))
+    owners += ((mbn_kernels.backends.cpu, "buffer"),)
     for owner, name in owners:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

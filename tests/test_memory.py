@@ -157,15 +157,19 @@ def test_backward_makes_no_zero_gradients(backend: str) -> None:
 
 
 def allocations(monkeypatch: pytest.MonkeyPatch, f: Callable[[], object]) -> list[int]:
-    sizes, allocate = [], torch.empty
+    sizes: list[int] = []
 
-    def empty(*args, **kwargs) -> Tensor:
-        t = allocate(*args, **kwargs)
-        sizes.append(t.numel())
-        return t
+    def counted(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args, **kwargs) -> Tensor:
+            t = allocate(*args, **kwargs)
+            sizes.append(t.numel())
+            return t
+
+        return wrapper
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
+        for owner, name in ((torch, "empty"), (Tensor, "new_empty"), (Tensor, "new_empty_strided")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
         f()
     return sizes
 

@@ -330,7 +330,16 @@ def test_nothing_is_written_outside(monkeypatch, signature: tuple, shape: tuple,
             return place.view(n, h, w, c).permute(0, 3, 1, 2)
         return place.view(size)
 
+    def new_empty(like: Tensor, *size, dtype=None) -> Tensor:
+        return guarded(*size, dtype=dtype or like.dtype, device=like.device)
+
+    def new_empty_strided(like: Tensor, size, stride) -> Tensor:
+        place = guarded(math.prod(size), dtype=like.dtype, device=like.device)
+        return place.as_strided(size, stride)  # dense, so that it fills the place
+
     monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(Tensor, "new_empty_strided", new_empty_strided)
     block = stock.randomize(FusedInvResBlock(*signature)).to(dtype)
     x = torch.randn(shape).to(dtype)
     guards.clear()

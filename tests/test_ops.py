@@ -85,6 +85,9 @@ class Recorder:
         self.calls: list[tuple[str, tuple]] = []
 
     def __getattr__(self, name: str):
+        if name == "evaluate_release":  # the calls of what is held are made again
+            return lambda held: None
+
         def call(*args):
             self.calls.append((name, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)))
             return getattr(torch.ops.mbn, name)(*args)

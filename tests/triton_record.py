@@ -52,6 +52,8 @@ class _Others(TorchDispatchMode):
     FREE = (
         "fill",
         "empty",
+        "new_empty",
+        "new_empty_strided",
         "view",
         "select",
         "slice",
