@@ -59,6 +59,7 @@ def steps(squeezes: bool) -> dict[str, Callable[[], object]]:
 
 
 def check(name: str, calls: dict[str, Callable[[], object]]) -> None:
+    """Stock's own outputs; loosely, as batch norm over two values, in training, magnifies rounding."""
     expected = calls[STOCK]()
     for who, call in calls.items():
         torch.testing.assert_close(

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..chain import chain_spec, parse
 from ..checks import check_bool, fail
-from ..modules.fused import FusedModule, has_hook
+from ..modules.fused import FusedModule
 from ..modules.sequence import FusedSequential
 from ..modules.units import ACTS, Unit, describe, is_same_conv, norm_kind
+from ..modules.watch import has_hook
 from . import adopted
 from .adopted import Adopted, AdoptedBlock
 from .report import Report, Row, in_words

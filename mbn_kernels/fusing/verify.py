@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..modules.fused import hooks_of
+from ..modules.watch import hooks_of
 from .adopted import AdoptedBlock, adopt_block
 from .trace import Plan, first_line
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from ..modules import FusedDepthwiseSeparable, FusedInvResBlock, FusedSequential
 from ..modules.ends import Head
-from ..modules.fused import has_hook
 from ..modules.kept import KeepsEvaluation
 from ..modules.sequence import run_in_turn
+from ..modules.watch import has_hook
 from .tables import BlockShape
 
 _ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
