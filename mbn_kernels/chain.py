@@ -30,7 +30,7 @@ from urllib.parse import unquote
 import torch
 from torch import Tensor
 
-from . import synchronize
+from . import dense, ranges, synchronize
 
 # Parameters of a stage, in this order; a stage holds those that its fields call for.
 WEIGHT, NORM, RUNNING, BIAS, GATE = (
@@ -60,6 +60,11 @@ class Stage:
     act: str
     gate: tuple[str, str] | None  # the activation between the two layers, the gate's own activation
     group: str | None = None  # name of the process group whose processes share the statistics of "batch"
+
+    @property
+    def kind(self) -> str:
+        """What profiles call it."""
+        return "gate" if self.conv == "none" else self.conv
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -281,7 +286,7 @@ NO_LINK = Link()
 def forward(
     kernels: Kernels,
     x: Tensor,
-    stages: Sequence[Stage],
+    chain: Chain,
     flat: Sequence[Tensor],
     residual: bool,
     save: bool,
@@ -293,77 +298,41 @@ def forward(
     is raw, and its rows are what was saved last.
     """
     u, statistics, saved = _entry(x, rows, link).value, [], []
-    for stage, p in zip(stages, stage_parameters(stages, flat), strict=True):
-        batch = stage.norm == "batch"
-        if stage.conv == "pointwise":
-            y, found = kernels.pointwise_forward(u, p["weight"], batch)
-        elif stage.conv == "depthwise":
-            y, found = kernels.depthwise_forward(u, p["weight"], stage, batch)
-        elif stage.conv == "dense":
-            y = _convolve(kernels, u, p["weight"], stage)
-            found = kernels.statistics(y) if batch else None
-        else:
-            y, found = u.y, None
-        if stage.conv != "none" and save:
-            saved.append(y)
-        u = Value(y, act=stage.act)
-        if stage.norm != "none":
-            rows, mean_and_var, share = _norm(kernels, stage, p, y, found)
-            statistics += mean_and_var
-            u = Value(y, *rows[:2].unbind(0), stage.act)
-            if save:
-                saved += [rows, *share]
-        if stage.gate:
-            pooled = kernels.pool(u)
-            u = u._replace(gate=kernels.gate_forward(pooled, p, stage.gate))
-            if save:
-                saved += [pooled, u.gate]
-    return u.y if link.open else kernels.materialize(u, x if residual else None), statistics, saved
+    for i, (stage, p) in enumerate(zip(chain.stages, stage_parameters(chain.stages, flat), strict=True)):
+        with ranges.stage(chain.name, i, stage.kind, ranges.FORWARD):
+            u, mean_and_var, kept = _stage_forward(kernels, stage, p, u)
+        statistics += mean_and_var
+        if save:
+            saved += kept
+    if link.open:
+        return u.y, statistics, saved
+    with ranges.output(chain.name, ranges.FORWARD):
+        return kernels.materialize(u, x if residual else None), statistics, saved
 
 
-# A dense convolution is PyTorch's own: of few channels, as in a stem, a library makes the best of it.
-_CONVOLUTION = torch.ops.aten.convolution.default
-_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-
-
-def _convolve(kernels: Kernels, u: Value, weight: Tensor, stage: Stage) -> Tensor:
-    x, padding = _padded(kernels, u, stage)
-    return _channels_last(_CONVOLUTION(x, weight, None, stage.stride, padding, stage.dilation, False, (0, 0), 1))
-
-
-def _dense_backward(
-    kernels: Kernels, g: Gradient, weight, stage: Stage, u: Value, norm, residual, want_du, want_sums, want_dweight
-):
-    """As the backward kernels of :class:`Kernels`."""
-    if not (want_du or want_dweight):
-        return None, None, None
-    dy = _channels_last(kernels.materialize_gradient(g, None))
-    x, padding = _padded(kernels, u, stage)
-    if x.shape[3] == 1:  # of one channels-last column oneDNN leaves numbers of a bfloat16 weight's gradient unwritten
-        x = x.clone(memory_format=torch.contiguous_format)
-    window, wants = (stage.stride, padding, stage.dilation, False, (0, 0), 1), (want_du, want_dweight, False)
-    du, dweight, _ = _CONVOLUTION_BACKWARD(dy, x, weight, None, *window, wants)
-    if want_du:
-        if x.shape != u.y.shape:
-            du = du[:, :, stage.padding[0] :, stage.padding[2] :][:, :, : u.y.shape[2], : u.y.shape[3]]
-        du = _channels_last(du if residual is None else du + residual)
-    return du, kernels.reduce_gradient(du, u, norm) if want_sums else None, dweight
-
-
-def _padded(kernels: Kernels, u: Value, stage: Stage) -> tuple[Tensor, tuple[int, int]]:
-    """(the value as a convolution takes it in, the padding left for the convolution): it knows no uneven one."""
-    deferred = u.scale is not None or u.act != "identity" or u.gate is not None
-    x = _channels_last(kernels.materialize(u, None) if deferred else u.y)
-    top, bottom, left, right = stage.padding
-    if (top, left) == (bottom, right):
-        return x, (top, left)
-    return torch.nn.functional.pad(x, (left, right, top, bottom)), (0, 0)
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    """With the very strides of fresh memory, also where a size is 1: a library reads the layout off them."""
-    _, c, h, w = t.shape
-    return t.contiguous(memory_format=torch.channels_last).as_strided(t.shape, (h * w * c, 1, w * c, c))
+def _stage_forward(kernels: Kernels, stage: Stage, p: dict, u: Value) -> tuple[Value, list[Tensor], list[Tensor]]:
+    """(the stage's value, [mean, unbiased var] where they are the batch's, what backward needs of it)."""
+    batch = stage.norm == "batch"
+    if stage.conv == "pointwise":
+        y, found = kernels.pointwise_forward(u, p["weight"], batch)
+    elif stage.conv == "depthwise":
+        y, found = kernels.depthwise_forward(u, p["weight"], stage, batch)
+    elif stage.conv == "dense":
+        y = dense.convolve(kernels, u, p["weight"], stage)
+        found = kernels.statistics(y) if batch else None
+    else:
+        y, found = u.y, None
+    kept = [] if stage.conv == "none" else [y]
+    u, mean_and_var = Value(y, act=stage.act), []
+    if stage.norm != "none":
+        rows, mean_and_var, share = _norm(kernels, stage, p, y, found)
+        u = Value(y, *rows[:2].unbind(0), stage.act)
+        kept += [rows, *share]
+    if stage.gate:
+        pooled = kernels.pool(u)
+        u = u._replace(gate=kernels.gate_forward(pooled, p, stage.gate))
+        kept += [pooled, u.gate]
+    return u, mean_and_var, kept
 
 
 def _norm(kernels: Kernels, stage: Stage, p: dict, y: Tensor, statistics) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -418,7 +387,7 @@ def backward(
     kernels: Kernels,
     dout: Tensor,
     x: Tensor,
-    stages: Sequence[Stage],
+    chain: Chain,
     flat: Sequence[Tensor],
     saved: Sequence[Tensor],
     residual: bool,
@@ -430,36 +399,47 @@ def backward(
     """(gradients of x and of every parameter, None where ``needs`` says so; the sums of the value that x is the raw
     output of), from the gradient of the output; of an open chain: from that of its last value, and its sums.
     """
+    stages = chain.stages
     parameters, wanted = stage_parameters(stages, flat), stage_parameters(stages, needs[1:])
     points = _points(_entry(x, rows, link), stages, saved)
     gradients: list[dict] = [{} for _ in stages]
     dx, dv = None, dout
     if not link.open:
-        sums = kernels.reduce_gradient(dout, points[-1].value, points[-1].norm)
+        with ranges.output(chain.name, ranges.BACKWARD):
+            sums = kernels.reduce_gradient(dout, points[-1].value, points[-1].norm)
     for i in reversed(range(len(stages))):
-        stage, p, source = stages[i], parameters[i], points[i]
-        g, gradients[i] = _through_norm(kernels, stage, p, points[i + 1], dv, sums)
         want_du = needs[0] or any(any(w.values()) for w in wanted[:i])
+        wants = (want_du, want_du and (i > 0 or rows is not None), wanted[i].get("weight", False))
         skip = dout if residual and i == 0 else None
-        if stage.conv == "none":
-            dv = kernels.materialize_gradient(g, skip) if want_du else None
-            sums = None
-        else:
-            wants = (want_du, want_du and (i > 0 or rows is not None), wanted[i]["weight"])
-            behind = (source.value, source.norm, skip, *wants)
-            if stage.conv == "pointwise":
-                found = kernels.pointwise_backward(g, p["weight"], *behind)
-            elif stage.conv == "depthwise":
-                found = kernels.depthwise_backward(g, p["weight"], stage, *behind)
-            else:
-                found = _dense_backward(kernels, g, p["weight"], stage, *behind)
-            dv, sums, gradients[i]["weight"] = found
+        with ranges.stage(chain.name, i, stages[i].kind, ranges.BACKWARD):
+            given = (stages[i], parameters[i], points[i], points[i + 1], dv, sums, skip)
+            dv, sums, gradients[i] = _stage_backward(kernels, *given, *wants)
         if not want_du:
             break
         dx = dv
     found = [gradients[i].get(name) for i, stage in enumerate(stages) for name in stage.parameter_names]
     typed = [_gradient_of(p, g) if need else None for g, p, need in zip(found, flat, needs[1:], strict=True)]
     return [dx if needs[0] else None, *typed], sums if needs[0] and rows is not None else None
+
+
+def _stage_backward(
+    kernels: Kernels, stage, p: dict, source: _Point, point: _Point, dv, sums, skip, want_du, want_sums, want_dweight
+) -> tuple[Tensor | None, Tensor | None, dict]:
+    """(gradient of the value that the stage takes in, plus ``skip``; its sums; the parameters' gradients), from the
+    gradient of the stage's own value and its sums.
+    """
+    g, gradients = _through_norm(kernels, stage, p, point, dv, sums)
+    if stage.conv == "none":
+        return kernels.materialize_gradient(g, skip) if want_du else None, None, gradients
+    behind = (source.value, source.norm, skip, want_du, want_sums, want_dweight)
+    if stage.conv == "pointwise":
+        found = kernels.pointwise_backward(g, p["weight"], *behind)
+    elif stage.conv == "depthwise":
+        found = kernels.depthwise_backward(g, p["weight"], stage, *behind)
+    else:
+        found = dense.backward(kernels, g, p["weight"], stage, *behind)
+    du, sums, gradients["weight"] = found
+    return du, sums, gradients
 
 
 def _gradient_of(p: Tensor, g: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, chain
+from . import backends, chain, ranges
 from .checks import check_chain
 from .schemas import library
 
@@ -48,7 +48,7 @@ def _chain(
         return evaluate_chains(x, (parsed,), [params], (residual,), backend), [], []
     _check(parsed, chosen, backend, x, params, residual)
     params = [p.contiguous() for p in params]
-    return chain.forward(chosen.kernels, _channels_last(x), parsed.stages, params, residual, save, rows, link)
+    return chain.forward(chosen.kernels, _channels_last(x), parsed, params, residual, save, rows, link)
 
 
 def evaluate_chains(
@@ -71,7 +71,8 @@ def evaluate_chains(
     if not chosen.kernels.evaluate_checks:
         check()
     try:
-        return chosen.kernels.evaluate(x, chains, flat, residuals)
+        with ranges.whole(ranges.operator_of(chains)):
+            return chosen.kernels.evaluate(x, chains, flat, residuals)
     except Exception:
         # A kernel that checks everything itself says less; only where it refuses is it worth finding the best words.
         check()
@@ -126,11 +127,11 @@ def _chain_gradients(
     *link,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """As :func:`mbn_kernels.chain.backward`, whose last arguments are ``link``."""
-    stages, params = chain.parse(spec).stages, [p.contiguous() for p in params]
+    parsed, params = chain.parse(spec), [p.contiguous() for p in params]
     # Hooks on saved tensors, as torch.autograd.graph.save_on_cpu, may give them back in another layout.
     saved = [_channels_last(t) if t.dim() == 4 else t.contiguous() for t in saved]
     dout, x, kernels = _channels_last(dout), _channels_last(x), backends.get(backend).kernels
-    return chain.backward(kernels, dout, x, stages, params, saved, residual, needs, *link)
+    return chain.backward(kernels, dout, x, parsed, params, saved, residual, needs, *link)
 
 
 def _chain_backward_fake(dout, x, params, saved, spec, residual, needs, backend):

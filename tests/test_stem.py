@@ -97,13 +97,13 @@ def chains(needs_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[li
     found: list[list[str]] = []
     forward = ops.chain.forward
 
-    def counted(kernels, x, stages, flat, residual, save, rows=None, link=chain.NO_LINK):
-        convs = [stage.conv for stage in stages]
+    def counted(kernels, x, parsed, flat, residual, save, rows=None, link=chain.NO_LINK):
+        convs = [stage.conv for stage in parsed.stages]
         if save and rows is None:
             found.append(convs)
         elif save:
             found[-1].extend(convs)
-        return forward(kernels, x, stages, flat, residual, save, rows, link)
+        return forward(kernels, x, parsed, flat, residual, save, rows, link)
 
     monkeypatch.setattr(ops.chain, "forward", counted)
     yield found

@@ -133,8 +133,8 @@ def chain_of(case: Case, dtype: torch.dtype, training: bool, device: str) -> tup
 def step(x: Tensor, parsed: chain.Chain, params: list[Tensor], needs: list, residual: bool) -> None:
     """Forward and backward of a chain."""
     kernels = TritonKernels()
-    out, _, saved = chain.forward(kernels, x, parsed.stages, params, residual, True)
-    chain.backward(kernels, torch.empty_like(out), x, parsed.stages, params, saved, residual, needs)
+    out, _, saved = chain.forward(kernels, x, parsed, params, residual, True)
+    chain.backward(kernels, torch.empty_like(out), x, parsed, params, saved, residual, needs)
 
 
 def record_case(case: Case, dtype: torch.dtype, training: bool) -> list[Launch]:
@@ -151,12 +151,12 @@ def record_block(b: BlockShape, batch: int, dtype: torch.dtype) -> Recorded:
     results: list = []
 
     def forward() -> None:
-        results.extend(chain.forward(kernels, x, parsed.stages, params, residual, True))
+        results.extend(chain.forward(kernels, x, parsed, params, residual, True))
 
     def backward() -> None:
         out, _, saved = results
         needs = [True] * (1 + len(params))
-        chain.backward(kernels, torch.empty_like(out), x, parsed.stages, params, saved, residual, needs)
+        chain.backward(kernels, torch.empty_like(out), x, parsed, params, saved, residual, needs)
 
     recorded = record(forward), record(backward)
     parsed, params, residual = _meta(module.eval(), dtype)

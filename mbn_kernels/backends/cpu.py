@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import schemas  # noqa: F401  (the library implements these schemas)
+from .. import ranges, schemas  # noqa: F401  (the library implements these schemas)
 from ..activations import ACTIVATIONS
 from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype
 from .reference import empty_channels_last, unbiased
@@ -186,7 +186,7 @@ class Prepared:
     generation = 0  # of those that empty_cache has not made forget
 
     def __init__(self, x: Tensor, chains: tuple[Chain, ...], flat: list[Tensor], residuals: tuple[bool, ...]) -> None:
-        self._made_in = Prepared.generation
+        self._made_in, self._operator = Prepared.generation, ranges.operator_of(chains)
         self._evaluation, self._flat, self._dtype = _evaluation(chains, residuals), flat, x.dtype
         self._packed = _packed(x, chains, flat, flat, self._evaluation.stages)
         self._dense = chains[0].stages[0].conv == "dense"
@@ -209,7 +209,11 @@ class Prepared:
         if not self._dense:
             x = x.contiguous(memory_format=torch.channels_last)
         out = _empty(x, shape)
-        self._run(x, out)
+        if ranges.on:
+            with ranges.whole(self._operator):
+                self._run(x, out)
+        else:
+            self._run(x, out)
         return out
 
     def _run(self, x: Tensor, out: Tensor) -> None:
@@ -228,7 +232,8 @@ class Frozen(Prepared):
     """An evaluation whose parameters are numbers: nothing of them is looked at any more."""
 
     def __init__(self, of: Prepared, packed: Tensor) -> None:
-        self._evaluation, self._dtype, self._dense, self._shapes = of._evaluation, of._dtype, of._dense, {}
+        self._evaluation, self._operator, self._dtype, self._dense = of._evaluation, of._operator, of._dtype, of._dense
+        self._shapes = {}
         self._packed, self._instruction_set = packed, instruction_set()  # which the numbers are packed for
         self._flat = [torch.empty(p.shape, device="meta") for p in of._flat]
         self._hold([], self._evaluation.widths(self._flat))
