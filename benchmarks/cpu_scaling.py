@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mbn_kernels import models
 
 from . import cpu_charts
+from .ceilings import peak_gflops
 from .cpu_contestants import OTHERS, Case, left_out, takes_part, versions
 from .cpu_contestants import measure as measure_case
 from .cpu_processes import Message
@@ -37,8 +38,6 @@ from .cpu_runs import (
 )
 
 AXES = ("batch", "resolution", "width")
-#: Seconds for which the peak is measured.
-PEAK = 0.3
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,15 +74,6 @@ def multiply_adds(case: Case) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, case.resolution, case.resolution))
     return counter.get_total_flops() // 2
-
-
-def peak_gflops() -> float | None:
-    """GFLOP/s of float32 with the current number of threads; None where the CPU library cannot tell."""
-    operator = getattr(torch.ops.mbn, "cpu_peak", None)
-    try:
-        return operator(PEAK) if operator else None
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def measure(arguments: dict) -> Iterator[Message]:

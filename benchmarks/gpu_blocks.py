@@ -32,7 +32,7 @@ from .gpu_contestants import (
 )
 from .gpu_operators import channels_last
 from .gpu_timing import Setting, in_one_line, median_seconds
-from .layers import label, minimum_evaluation_bytes
+from .layers import label, minimum_bytes
 
 #: A time that is longer by less may be chance.
 CHANCE = 1.02
@@ -44,25 +44,6 @@ def blocks(network: str, quick: bool) -> Counter[BlockShape]:
     shapes = list(found)
     chosen = [shapes[0], shapes[len(shapes) // 2], shapes[-1]] if quick else shapes
     return Counter({shape: found[shape] for shape in chosen})
-
-
-def minimum_bytes(shape: BlockShape, batch: int, dtype: torch.dtype) -> dict[str, int]:
-    """What each pass of a block must move through memory, weights and halo left out.
-
-    Training forward: each convolution reads its input and writes its output, squeeze-excite reads the depthwise output,
-    the last stage is materialised. Backward: each convolution reads its input, its output and the gradient of that, and
-    writes the gradient of its input; the last stage's sums read its output and gradient.
-    """
-    pixels, after = shape.height * shape.width, -(-shape.height // shape.s) * -(-shape.width // shape.s)
-    x, expanded = shape.in_channels * pixels, shape.exp_channels * pixels
-    d, out = shape.exp_channels * after, shape.out_channels * after
-    expands = shape.exp_channels != shape.in_channels
-    residual = out if shape.kind != "separable" and shape.s == 1 and shape.in_channels == shape.out_channels else 0
-    forward = (x + expanded if expands else 0) + expanded + d + (d if shape.se else 0) + d + 3 * out + residual
-    backward = 4 * out + 4 * d + 2 * expanded + (2 * expanded + 2 * x if expands else 0) + residual
-    each = batch * dtype.itemsize
-    evaluation = minimum_evaluation_bytes(shape, batch, dtype.itemsize)
-    return {"training forward": each * forward, "backward": each * backward, "evaluation": evaluation}
 
 
 def block_calls(contestant: Contestant, shape: BlockShape, setting: Setting) -> Iterator[Timed]:
@@ -86,7 +67,7 @@ def block_calls(contestant: Contestant, shape: BlockShape, setting: Setting) -> 
             return trained(leaf)
 
     gradient = torch.randn_like(train())
-    yield "training forward", train, None
+    yield "forward", train, None
     yield "backward", lambda out: torch.autograd.grad(out, leaves, gradient), lambda: (train(),)
 
 
@@ -103,7 +84,7 @@ def measure_block(network: str, shape: BlockShape, times: int, setting: Setting,
             **{"kind": "block", "model": network, "block": label(shape), "times": times, "pass": name},
             **{"batch": setting.batch, "minimum_bytes": moved, "seconds": {}, "share": {}, "failed": {}},
         }
-        for name, moved in minimum_bytes(shape, setting.batch, setting.dtype).items()
+        for name, moved in minimum_bytes(shape, setting.batch, setting.dtype.itemsize).items()
     }
     for contestant in among((EAGER, COMPILE), compiles):
         measure_passes(rows, contestant, partial(block_calls, contestant, shape, setting), setting)

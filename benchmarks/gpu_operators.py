@@ -4,64 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mbn_kernels import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct, backends, chain
-from mbn_kernels.models.tables import layer_shapes
+from mbn_kernels import backends, chain
 
 from .gpu_contestants import Timed, default_of, measure_passes, ours
 from .gpu_timing import Setting, l2_bytes
 from .implementations import Call
+from .stages import StageShape, deferred_bytes, stage_shapes
 
 #: Of the copy's bandwidth, by kind of convolution, for each pass over a stage.
 TARGETS = {
-    "depthwise": {"evaluation": 0.90, "training forward": 0.85, "backward": 0.75},
-    "pointwise": {"evaluation": 0.85, "training forward": 0.75, "backward": 0.65},
+    "depthwise": {"evaluation": 0.90, "forward": 0.85, "backward": 0.75},
+    "pointwise": {"evaluation": 0.85, "forward": 0.75, "backward": 0.65},
 }
-
-
-class StageShape(NamedTuple):
-    """A convolution with batch norm and an activation, on an input of ``height`` x ``width``."""
-
-    conv: str
-    inner: int
-    outer: int
-    k: int
-    s: int
-    height: int
-    width: int
-    act: str
-
-    def __str__(self) -> str:
-        window = f"-k{self.k}-s{self.s}" if self.conv == "depthwise" else f"-o{self.outer}"
-        return f"{self.conv} {self.inner}x{self.height}x{self.width}{window}-{self.act}"
-
-    def bytes(self, batch: int, dtype: torch.dtype) -> tuple[int, int]:
-        """(U, D): of the input, of the output."""
-        pixels, after = self.height * self.width, -(-self.height // self.s) * -(-self.width // self.s)
-        return batch * self.inner * pixels * dtype.itemsize, batch * self.outer * after * dtype.itemsize
-
-    def module(self) -> nn.Module:
-        if self.conv == "depthwise":
-            return FusedDepthwiseConvBNAct(self.inner, self.k, stride=self.s, act=self.act)
-        return FusedPointwiseConvBNAct(self.inner, self.outer, act=self.act)
-
-
-def stage_shapes(network: str) -> list[StageShape]:
-    """The network's depthwise stages, all with hard-swish, then its pointwise ones: each once."""
-    found: dict[str, list[StageShape]] = {"depthwise": [], "pointwise": []}
-    for b in layer_shapes(network):
-        after = -(-b.height // b.s), -(-b.width // b.s)
-        expanded = b.exp_channels
-        found["depthwise"].append(StageShape("depthwise", expanded, expanded, b.k, b.s, b.height, b.width, "hardswish"))
-        if expanded != b.in_channels:
-            expansion = StageShape("pointwise", b.in_channels, expanded, 1, 1, b.height, b.width, "hardswish")
-            found["pointwise"].append(expansion)
-        found["pointwise"].append(StageShape("pointwise", expanded, b.out_channels, 1, 1, *after, "identity"))
-    return list(dict.fromkeys(found["depthwise"] + found["pointwise"]))
 
 
 def measured_stages(network: str, setting: Setting) -> list[StageShape]:
@@ -91,11 +49,11 @@ def stage_training(shape: StageShape, x: Tensor, kernels: chain.Kernels) -> tupl
     stage: the convolution with its statistics and batch norm's numbers; the gradients of input and parameters.
     """
     module = shape.module().to(x.device).train()
-    stages, params = chain.parse(module.call().spec).stages, module.call().params
-    (stage,) = stages
+    parsed, params = chain.parse(module.call().spec), module.call().params
+    (stage,) = parsed.stages
     weight, gamma, beta = params[0].detach().to(x.dtype), params[1].detach(), params[2].detach()
     flat = [weight, gamma, beta]
-    out, _, saved = chain.forward(kernels, x, stages, flat, False, True)
+    out, _, saved = chain.forward(kernels, x, parsed, flat, False, True)
     dout, count = torch.randn_like(out), out.numel() // out.shape[1]
 
     def forward() -> None:
@@ -106,15 +64,9 @@ def stage_training(shape: StageShape, x: Tensor, kernels: chain.Kernels) -> tupl
         kernels.batch_norm(statistics, count, gamma, beta, stage.eps)
 
     def backward() -> None:
-        chain.backward(kernels, dout, x, stages, flat, saved, False, [True] * 4)
+        chain.backward(kernels, dout, x, parsed, flat, saved, False, [True] * 4)
 
     return forward, backward
-
-
-def minimum_bytes(shape: StageShape, batch: int, dtype: torch.dtype) -> dict[str, int]:
-    """What each pass must move through memory (docs/design.md, "What it costs"): weights and halo are left out."""
-    u, d = shape.bytes(batch, dtype)
-    return {"evaluation": u + d, "training forward": u + d, "backward": 2 * u + 4 * d}
 
 
 def measure_stage(shape: StageShape, setting: Setting) -> Iterator[dict]:
@@ -125,7 +77,7 @@ def measure_stage(shape: StageShape, setting: Setting) -> Iterator[dict]:
             **{"minimum_bytes": moved, "seconds": {}, "share": {}, "failed": {}},
             "target": TARGETS[shape.conv][name],
         }
-        for name, moved in minimum_bytes(shape, setting.batch, setting.dtype).items()
+        for name, moved in deferred_bytes(shape, setting.batch, setting.dtype).items()
     }
     for contestant in ours():
         if shape.conv == "depthwise" or contestant.name == "triton":  # the pointwise kernels are Triton's
@@ -140,5 +92,5 @@ def stage_calls(shape: StageShape, kernels: chain.Kernels, setting: Setting) -> 
     """The passes over a stage."""
     x = channels_last(setting, setting.batch, shape.inner, shape.height, shape.width)
     yield "evaluation", stage_evaluation(shape, x), None
-    for name, call in zip(("training forward", "backward"), stage_training(shape, x, kernels), strict=True):
+    for name, call in zip(("forward", "backward"), stage_training(shape, x, kernels), strict=True):
         yield name, call, None

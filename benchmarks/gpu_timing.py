@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from mbn_kernels import available_backends
 
-from .timing import system_info
+from .timing import output_of, system_info
 
 #: In a second no GPU counts many more: one that waits for so many waits as long as it should, or longer.
 CYCLES = 2e9
@@ -93,25 +91,14 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def output_of(*command: str) -> str:
-    """What a program prints, or "unknown" where it cannot run."""
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.splitlines()[0] if found else "unknown"
-
-
 def gpu_system_info(device: torch.device) -> dict[str, str | float]:
     """As timing.system_info, with what decides a GPU's speed."""
     import triton
 
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    folder = str(Path(__file__).parent)
-    commit = output_of("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return {
         **system_info(device),
-        **{"driver": driver, "cuda": str(torch.version.cuda), "triton": triton.__version__, "commit": commit},
+        **{"driver": driver, "cuda": str(torch.version.cuda), "triton": triton.__version__},
         "cuda_backend": available_backends()["cuda"],
         "tuned": os.environ.get("MBN_TRITON_TUNE", "0"),
         "l2_bytes": l2_bytes(device),

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from mbn_kernels.models import build_block
 
-from .implementations import IMPLEMENTATIONS, block_training, evaluation
-from .layers import BATCH, DIRECTIONS, block_cases, label, minimum_evaluation_bytes
+from .conftest import across
+from .counts import TIMES, forward_flops
+from .implementations import Pass
+from .layers import BLOCK_DIRECTIONS, block_cases, images, label, minimum_bytes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = block_cases(full=metafunc.config.option.benchmark_full)
-    metafunc.parametrize(
-        ("network", "shape", "repeats"), cases, ids=[f"{network}-{label(shape)}" for network, shape, _ in cases]
-    )
-    metafunc.parametrize("direction", DIRECTIONS)
-    # The last one varies fastest: the implementations of a group run next to each other.
-    metafunc.parametrize("implementation", IMPLEMENTATIONS, ids=lambda implementation: implementation.name)
+    names = [f"{network}-{label(shape)}" for network, shape, _ in cases]
+    metafunc.parametrize(("network", "shape", "times"), cases, ids=names)
+    across(metafunc, BLOCK_DIRECTIONS)
 
 
-def test_block(timed, device, network, shape, repeats, direction, implementation):
-    batch = BATCH[direction]
-    info = {"network": network, "batch": batch, "repeats": repeats, **dataclasses.asdict(shape)}
-    if direction == "evaluation":
-        info["minimum_bytes"] = minimum_evaluation_bytes(shape, batch)
-
-    prepare = evaluation if direction == "evaluation" else block_training
-    input_shape = (batch, shape.in_channels, shape.height, shape.width)
-    call = prepare(implementation, lambda fused: build_block(shape, fused=fused), input_shape, device)
-    timed(f"{network} {label(shape)} {direction}", implementation, call, **info)
+def test_block(timed, device, dtype, network, shape, times, direction, implementation):
+    batch = images(direction, device.type)
+    size = (batch, shape.in_channels, shape.height, shape.width)
+    given = Pass(direction, lambda fused: build_block(shape, fused=fused), size, device, dtype)
+    info = {"kind": "block", "network": network, "layer": label(shape), "times": times, "batch": batch}
+    info["minimum_bytes"] = minimum_bytes(shape, batch, dtype.itemsize)[direction]
+    info["flops"] = TIMES[direction] * forward_flops(build_block(shape, fused=False), size)
+    timed(f"{network} {label(shape)} {direction}", implementation, given, **info)

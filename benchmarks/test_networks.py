@@ -5,23 +5,33 @@ from __future__ import annotations
 import pytest
 
 from mbn_kernels import models
+from mbn_kernels.models.tables import layer_shapes
 
-from .implementations import IMPLEMENTATIONS, evaluation, network_training
-from .layers import BATCH, DIRECTIONS, network_cases
+from .conftest import across
+from .counts import forward_flops
+from .implementations import Pass
+from .layers import NETWORK_DIRECTIONS, images, minimum_bytes, network_cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.option.benchmark_full
-    # Compiling a whole network takes minutes: the quick subset compiles blocks alone.
-    implementations = [implementation for implementation in IMPLEMENTATIONS if full or not implementation.compiled]
-    # The last one varies fastest: the implementations of a group run next to each other.
     metafunc.parametrize("network", network_cases(full))
-    metafunc.parametrize("direction", DIRECTIONS)
-    metafunc.parametrize("implementation", implementations, ids=lambda implementation: implementation.name)
+    # Compiling a whole network takes minutes: the quick subset compiles blocks alone.
+    across(metafunc, NETWORK_DIRECTIONS, compiles=full)
 
 
-def test_network(timed, device, network, direction, implementation):
-    batch = BATCH[direction]
-    prepare = evaluation if direction == "evaluation" else network_training
-    call = prepare(implementation, lambda fused: getattr(models, network)(fused=fused), (batch, 3, 224, 224), device)
-    timed(f"{network} batch {batch} {direction}", implementation, call, network=network, batch=batch)
+def test_network(timed, device, dtype, network, direction, implementation):
+    batch = images(direction, device.type)
+    size = (batch, 3, 224, 224)
+
+    def build(fused: bool):
+        return getattr(models, network)(fused=fused, dropout=0.0)  # each would draw another dropout
+
+    blocks = [minimum_bytes(shape, batch, dtype.itemsize) for shape in layer_shapes(network)]
+    passes = ("evaluation",) if direction == "evaluation" else ("forward", "backward")
+    flops = forward_flops(build(False), size)
+    if direction == "training":  # each gradient costs what the forward does, but nobody asks for the image's
+        flops = 3 * flops - forward_flops(build(False).conv1, size)
+    info = {"kind": "network", "network": network, "times": 1, "batch": batch, "flops": flops}
+    info["minimum_bytes"] = sum(moved[name] for moved in blocks for name in passes)  # stem and classifier left out
+    timed(f"{network} batch {batch} {direction}", implementation, Pass(direction, build, size, device, dtype), **info)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,6 +26,22 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def output_of(*command: str) -> str:
+    """What a program prints, or "unknown" where it cannot run."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.splitlines()[0] if found else "unknown"
+
+
+@lru_cache
+def commit() -> str:
+    """Of the checkout, with "-dirty" where it has changes."""
+    folder = str(Path(__file__).parent)
+    return output_of("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
 def system_info(device: torch.device) -> dict[str, str | float]:
     """Versions, threads and hardware, as recorded with every result; the load tells whether the machine was idle."""
     info: dict[str, str | float] = {
@@ -34,6 +52,7 @@ def system_info(device: torch.device) -> dict[str, str | float]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),
+        "commit": commit(),
     }
     if device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(device)

@@ -18,7 +18,8 @@ pytest.importorskip("rich", reason="rich is not installed")
 from benchmarks import gpu, gpu_blocks, gpu_contestants, gpu_networks, gpu_operators, gpu_tables, gpu_timing
 from benchmarks.gpu_contestants import EAGER, Contestant
 from benchmarks.gpu_timing import Setting
-from benchmarks.layers import label, minimum_evaluation_bytes
+from benchmarks.layers import label, minimum_bytes, minimum_evaluation_bytes
+from benchmarks.stages import StageShape, deferred_bytes
 from mbn_kernels import available_backends, backends, chain, use_backend
 from mbn_kernels.models import build_block
 from mbn_kernels.models.tables import NETWORKS, BlockShape, layer_shapes
@@ -30,8 +31,8 @@ SHAPES = {
     "v3": BlockShape(8, 5, 24, 16, True, "hs", 1, 8, 8, "inverted_residual"),
 }
 STAGES = (
-    gpu_operators.StageShape("depthwise", 8, 8, 3, 2, 9, 9, "hardswish"),
-    gpu_operators.StageShape("pointwise", 8, 16, 1, 1, 9, 9, "identity"),
+    StageShape("depthwise", 8, 8, 3, 2, 9, 9, "hardswish"),
+    StageShape("pointwise", 8, 16, 1, 1, 9, 9, "identity"),
 )
 BACKEND = "cpu" if available_backends()["cpu"] == "available" else "reference"
 
@@ -54,20 +55,20 @@ def test_calls_of_a_block(shape: BlockShape, dtype: torch.dtype) -> None:
         return found
 
     expected, got = (results(contestant) for contestant in (EAGER, Contestant(BACKEND, backend=BACKEND)))
-    assert list(expected) == list(got) == ["evaluation", "training forward", "backward"]
+    assert list(expected) == list(got) == ["evaluation", "forward", "backward"]
     for name, plain in expected.items():
         assert [(t.dtype, t.shape, t.requires_grad) for t in got[name]] == [
             (t.dtype, t.shape, t.requires_grad) for t in plain
         ]
-        assert plain[0].dtype == dtype and plain[0].requires_grad == (name == "training forward")
+        assert plain[0].dtype == dtype and plain[0].requires_grad == (name == "forward")
         if dtype == torch.float32:
             stock.assert_same(got[name], plain, 1e-4)
 
 
 @pytest.mark.parametrize("shape", STAGES, ids=str)
-def test_calls_of_a_stage(shape: gpu_operators.StageShape) -> None:
+def test_calls_of_a_stage(shape: StageShape) -> None:
     calls = list(gpu_operators.stage_calls(shape, backends.get(BACKEND).kernels, CPU))
-    assert [name for name, *_ in calls] == ["evaluation", "training forward", "backward"]
+    assert [name for name, *_ in calls] == ["evaluation", "forward", "backward"]
     assert {name for name, *_ in calls} == gpu_operators.TARGETS[shape.conv].keys()
     for _, call, _ in calls:
         call()
@@ -121,7 +122,7 @@ def test_every_row(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert {"triton", "cuda"} <= row["seconds"].keys()
     assert all(row["slower_than"] == [] for row in found if row["kind"] == "block")
     text = gpu_text(found)
-    assert "V3-Large, training forward" in text and "CUDA graph" in text
+    assert "V3-Large, forward" in text and "CUDA graph" in text
 
 
 def test_what_fails_leaves_the_rest(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,10 +233,10 @@ def test_least_bytes(network: str) -> None:
     """Those of docs/design.md, which test_triton_compiled.py holds the launches to."""
     least_bytes = pytest.importorskip("test_triton_compiled").least_bytes
     for shape in layer_shapes(network):
-        found = gpu_blocks.minimum_bytes(shape, 3, torch.bfloat16)
-        assert found["training forward"] + found["backward"] == 3 * least_bytes(shape)
+        found = minimum_bytes(shape, 3, 2)
+        assert found["forward"] + found["backward"] == 3 * least_bytes(shape)
         assert found["evaluation"] == minimum_evaluation_bytes(shape, 3, 2)
-        assert gpu_blocks.minimum_bytes(shape, 3, torch.float32) == {name: 2 * n for name, n in found.items()}
+        assert minimum_bytes(shape, 3, 4) == {name: 2 * n for name, n in found.items()}
 
 
 def test_bytes_of_a_stage_are_those_of_a_block() -> None:
@@ -243,12 +244,12 @@ def test_bytes_of_a_stage_are_those_of_a_block() -> None:
     shape = SHAPES["v2"]
     out = 2 * shape.out_channels * shape.height * shape.width
     stages = [
-        gpu_operators.StageShape("pointwise", 8, 24, 1, 1, 8, 8, "relu6"),
-        gpu_operators.StageShape("depthwise", 24, 24, 3, 1, 8, 8, "relu6"),
-        gpu_operators.StageShape("pointwise", 24, 8, 1, 1, 8, 8, "identity"),
+        StageShape("pointwise", 8, 24, 1, 1, 8, 8, "relu6"),
+        StageShape("depthwise", 24, 24, 3, 1, 8, 8, "relu6"),
+        StageShape("pointwise", 24, 8, 1, 1, 8, 8, "identity"),
     ]
-    forward = sum(gpu_operators.minimum_bytes(s, 1, torch.bfloat16)["training forward"] for s in stages)
-    assert gpu_blocks.minimum_bytes(shape, 1, torch.bfloat16)["training forward"] == forward + 3 * out
+    forward = sum(deferred_bytes(s, 1, torch.bfloat16)["forward"] for s in stages)
+    assert minimum_bytes(shape, 1, 2)["forward"] == forward + 3 * out
 
 
 def test_blocks_of_a_network() -> None:
