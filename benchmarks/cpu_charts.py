@@ -25,9 +25,12 @@ UNITS = {
 def caption(result: dict) -> str:
     """The hardware and the versions."""
     system = dict(result["system"])
-    hardware = f"{system.pop('cpu')}, {system.pop('cores')} cores"
+    hardware = [system.pop(name) for name in ("gpu", "cpu") if name in system]
+    for name in ("cores", "threads"):
+        count = str(system.pop(name, ""))
+        hardware += [f"{count} {name if count != '1' else name[:-1]}"] if count else []
     system.pop("device", None)
-    text = f"{hardware}; " + ", ".join(f"{name}\u00a0{value}" for name, value in system.items())
+    text = f"{', '.join(hardware)}; " + ", ".join(f"{name}\u00a0{value}" for name, value in system.items())
     return "\n".join(textwrap.wrap(text, 120))
 
 
@@ -41,12 +44,12 @@ def save(figure, result: dict, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def new_figure(rows: int, columns: int):
-    """A figure, and its axes in rows."""
+def new_figure(rows: int, columns: int, size: tuple[float, float] | None = None, **layout: object):
+    """A figure, its size in inches, and its axes in rows; ``layout`` is what subplots takes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(10, 4 * columns), 3 * rows + 1.2), dpi=120, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=size or (max(10, 4 * columns), 3 * rows + 1.2), dpi=120, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **layout)
 
 
 # Bars -----------------------------------------------------------------------------------------------------------------
