@@ -158,8 +158,10 @@ def measure_all(options: argparse.Namespace) -> tuple[dict, bool]:
     return result, run(result, "benchmarks.cpu_training:measure", requests, options.json, options.keep)
 
 
-def memory_table(rows: list[dict]) -> str:
-    """Megabytes of a step, and ours as part of the least of the others."""
+def memory_table(result: dict) -> str:
+    """Megabytes of a step, and ours as part of the least of the others; empty where no row has any."""
+    rows = [row for row in result["rows"] if row["peak_bytes"]]
+    names = names_of([{"seconds": row["peak_bytes"], "failed": {}} for row in rows])
 
     def cells(row: dict) -> Iterator[str]:
         yield title(row)
@@ -168,14 +170,12 @@ def memory_table(rows: list[dict]) -> str:
         least = min((size for name, size in memory.items() if name != FUSED), default=None)
         yield f"{memory[FUSED] / least:.2f}" if least and FUSED in memory else DASH
 
-    names = names_of([{"seconds": row["peak_bytes"], "failed": {}} for row in rows])
     heads = ["MiB at the peak of a step", *names, f"{FUSED} as part of the least of the others"]
-    return markdown(heads, [list(cells(row)) for row in rows])
+    return markdown(heads, [list(cells(row)) for row in rows]) if rows else ""
 
 
 def tables(result: dict) -> str:
-    rows = [row for row in result["rows"] if row["peak_bytes"]]
-    return "\n\n".join([table(result), *([memory_table(rows)] if rows else [])])
+    return "\n\n".join(filter(None, (table(result), memory_table(result))))
 
 
 def main(arguments: list[str] | None = None) -> None:
