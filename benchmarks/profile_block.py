@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 
 from mbn_kernels import models, ranges, use_backend
 from mbn_kernels.models import build_block
@@ -115,33 +117,61 @@ def recorded(call: Call, options: argparse.Namespace) -> torch.profiler.profile:
     return profile
 
 
-def rows_of(profile: torch.profiler.profile, iterations: int) -> tuple[dict[str, tuple[float, float, float]], float]:
-    """(of each range: times an iteration, microseconds of the host in it, of the GPU's kernels started in it; the
-    microseconds of an iteration), in the order in which they ran first.
-    """
-    # A range has a second event on a GPU, of the kernels' span there.
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
+class Row(NamedTuple):
+    """Of a range or of all, in an iteration: how often, microseconds of the host, of the GPU's kernels."""
+
+    calls: float
+    host: float
+    gpu: float
+
+
+def rows_of(events: list, iterations: int) -> tuple[dict[str, Row], Row]:
+    """(each range, in the order in which they began; an iteration)."""
+    on_host = [e for e in events if e.device_type == DeviceType.CPU]
+    on_gpu = [e for e in events if e.device_type == DeviceType.CUDA]
+    kernels = [e for e in on_gpu if not is_range(e) and e.name != ITERATION]
     found: dict[str, list[float]] = {}
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.name.startswith("mbn::") and "/" in event.name:
+    for event in sorted(on_host, key=start_of):
+        if is_range(event):
             row = found.setdefault(event.name, [0.0, 0.0, 0.0])
-            for i, value in enumerate((1, event.cpu_time_total, event.device_time_total)):
-                row[i] += value / iterations
-    whole = sum(event.cpu_time_total for event in events if event.name == ITERATION) / iterations
-    return {name: tuple(row) for name, row in found.items()}, whole
+            row[0] += 1 / iterations
+            row[1] += duration(event) / iterations
+    # On a GPU a range is a second event, from its first kernel's start to its last one's end.
+    for event in filter(is_range, on_gpu):
+        inside = (k for k in kernels if start_of(event) <= start_of(k) < event.time_range.end)
+        found[event.name][2] += sum(map(duration, inside)) / iterations
+    host = sum(duration(e) for e in on_host if e.name == ITERATION) / iterations
+    return {name: Row(*row) for name, row in found.items()}, Row(1.0, host, sum(map(duration, kernels)) / iterations)
 
 
-def table_of(rows: dict[str, tuple[float, float, float]], whole: float, on_gpu: bool) -> Table:
+def is_range(event) -> bool:
+    return event.name.startswith("mbn::") and event.name.count("/") == 2
+
+
+def start_of(event) -> float:
+    return event.time_range.start
+
+
+def duration(event) -> float:
+    return event.time_range.elapsed_us()
+
+
+def table_of(rows: dict[str, Row], whole: Row, on_gpu: bool) -> Table:
     table = Table(title="Ranges, microseconds an iteration", title_justify="left")
     table.add_column("range", no_wrap=True)
-    for name in ("calls", "host", "of the iteration", *(["GPU"] if on_gpu else [])):
+    for name in ("calls", "host", "of the iteration", *(["GPU", "of its time"] if on_gpu else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    outside = whole - sum(host for _, host, _ in rows.values())
-    for name, (calls, host, gpu) in {**rows, "outside of them": (1.0, outside, 0.0)}.items():
-        table.add_row(name, f"{calls:g}", f"{host:.1f}", f"{host / whole:.1%}", *([f"{gpu:.1f}"] if on_gpu else []))
+
+    def add(name: str, row: Row) -> None:
+        gpu = [f"{row.gpu:.1f}", f"{row.gpu / (whole.gpu or 1):.1%}"] if on_gpu else []
+        table.add_row(name, f"{row.calls:g}", f"{row.host:.1f}", f"{row.host / whole.host:.1%}", *gpu)
+
+    for name, row in rows.items():
+        add(name, row)
+    left = [total - sum(row[i] for row in rows.values()) for i, total in enumerate(whole)]
+    add("outside of them", Row(1.0, *left[1:]))
     table.add_section()
-    device = [f"{sum(gpu for *_, gpu in rows.values()):.1f}"] if on_gpu else []
-    table.add_row("an iteration", "1", f"{whole:.1f}", "100.0%", *device)
+    add("an iteration", whole)
     return table
 
 
@@ -164,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
             console.print(f"{options.iterations} iterations ran between cudaProfilerStart and cudaProfilerStop.")
             return
         profile = recorded(call, options)
-    console.print(table_of(*rows_of(profile, options.iterations), on_gpu))
+    console.print(table_of(*rows_of(profile.events(), options.iterations), on_gpu))
     console.print(f"The trace is in {options.trace}: open it in Perfetto or chrome://tracing.", soft_wrap=True)
 
 
