@@ -24,6 +24,9 @@ Pair = int | tuple[int, int]
 class Running(NamedTuple):
     """Running statistics to update after a batch, as ``nn.BatchNorm2d`` does; without tensors there is nothing to
     update.
+
+    >>> Running(torch.zeros(8), torch.ones(8)).momentum
+    0.1
     """
 
     mean: Tensor | None = None
@@ -38,6 +41,11 @@ def update_running(
 ) -> None:
     """Takes the [mean, unbiased var] of each of ``running`` in, from a batch of that many values; one without values
     counts, but changes no statistics, except where they are ``shared`` with other processes and one of these had some.
+
+    >>> running = Running(torch.zeros(2), torch.ones(2), momentum=0.5)
+    >>> update_running([running], [torch.tensor([2.0, 4.0]), torch.tensor([3.0, 1.0])], values=8)
+    >>> running.mean, running.var
+    (tensor([1., 2.]), tensor([2., 1.]))
     """
     counts = [r.count for r in running if r.count is not None]
     if counts:
@@ -98,6 +106,10 @@ def run_chain(
 
     A stage with a process group takes its statistics from the batches of all its processes: each has to make the same
     call, and to go backward through it, with a batch of any size, also none.
+
+    >>> spec = chain_spec("example", [stage_spec("pointwise", act="relu")])
+    >>> run_chain(torch.randn(2, 8, 4, 4), spec, [torch.randn(16, 8, 1, 1)]).shape
+    torch.Size([2, 16, 4, 4])
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     backend, direct = backends.choose(x.device, x.dtype), runs_directly(x)
@@ -120,6 +132,11 @@ def run_linked(x: Tensor, chains: Sequence[tuple[str, Sequence[Tensor], Sequence
     one hands to the next only the raw output is stored: the next normalises and activates it as it loads. No chain has
     a residual or shares statistics, and all but the last end in a norm without a gate. For the backend "cpu", of eager
     calls that nothing watches (:func:`runs_directly`).
+
+    >>> spec = chain_spec("example", [stage_spec("pointwise", norm="batch", act="relu")])
+    >>> x, chains = torch.randn(2, 8, 4, 4), [(spec, [torch.randn(8, 8, 1, 1)], [Running()]) for _ in range(2)]
+    >>> torch.allclose(run_linked(x, chains, "cpu"), run_chain(run_chain(x, *chains[0]), *chains[1]), atol=1e-4)
+    True
     """
     rows, act = None, "identity"
     for i, (spec, params, running) in enumerate(chains):
@@ -142,13 +159,24 @@ def _shared(spec: str) -> tuple[bool, ...]:
 
 
 def evaluates(spec: str, residual: bool, backend: str) -> bool:
-    """Whether the backend has one call for the whole chain where nothing is saved for backward."""
+    """Whether the backend has one call for the whole chain where nothing is saved for backward.
+
+    >>> running, batch = (chain_spec("example", [stage_spec("pointwise", norm=norm)]) for norm in ("running", "batch"))
+    >>> evaluates(running, False, "cpu"), evaluates(batch, False, "cpu")
+    (True, False)
+    """
     return backends.get(backend).kernels.evaluates(parse(spec), residual)
 
 
 def runs_directly(x: Tensor) -> bool:
     """Whether nothing watches the operator ``mbn::chain``, so that it may be passed by: no graph is traced, and no
     autocast, torch.func transform, dispatch mode or tensor subclass is at work.
+
+    >>> runs_directly(torch.randn(1, 8, 4, 4))
+    True
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     runs_directly(torch.randn(1, 8, 4, 4))
+    False
     """
     device = "cpu" if x.is_cpu else x.device.type  # to ask a device for its type takes longer than all the rest
     return type(x) in (Tensor, Parameter) and not (
@@ -244,6 +272,12 @@ def depthwise_conv_bn_act(
         padding: one int, (height, width), or (top, bottom, left, right).
         act: a name in :data:`mbn_kernels.activations.ACTIVATIONS`.
         training: normalise by the batch's statistics, else by the running ones.
+
+    >>> x, weight, mean, var = torch.randn(2, 8, 6, 6), torch.randn(8, 1, 3, 3), torch.zeros(8), torch.ones(8)
+    >>> y = functional.depthwise_conv_bn_act(x, weight, None, None, mean, var, stride=2, padding=1, act="relu")
+    >>> stock = torch.conv2d(x, weight, stride=2, padding=1, groups=8)
+    >>> torch.allclose(y, torch.nn.functional.batch_norm(stock, mean, var).relu(), atol=1e-4)
+    True
     """
     op = "depthwise_conv_bn_act"
     checks.check_tensor(op, "weight", weight)
@@ -281,6 +315,13 @@ def pointwise_conv_bn_act(
         residual: ``[N, C_out, H, W]`` added to the result, or None. Passing ``x`` itself fuses the addition.
 
     The other arguments are those of :func:`depthwise_conv_bn_act`.
+
+    >>> x, weight, mean, var = torch.randn(2, 8, 4, 4), torch.randn(8, 8, 1, 1), torch.zeros(8), torch.ones(8)
+    >>> y = functional.pointwise_conv_bn_act(x, weight, None, None, mean, var, training=True, residual=x)
+    >>> y.shape
+    torch.Size([2, 8, 4, 4])
+    >>> bool((var == 1).any())  # the running statistics are no longer what they were
+    False
     """
     op = "pointwise_conv_bn_act"
     checks.check_tensor(op, "residual", residual, optional=True)
@@ -307,6 +348,10 @@ def squeeze_excite(
         w1, b1: ``[S, C]`` or ``[S, C, 1, 1]``, and ``[S]``.
         w2, b2: ``[C, S]`` or ``[C, S, 1, 1]``, and ``[C]``.
         act, gate: names in :data:`mbn_kernels.activations.ACTIVATIONS`.
+
+    >>> x, (w1, b1, w2, b2) = torch.randn(2, 8, 4, 4), map(torch.zeros, ((2, 8), (2,), (8, 2), (8,)))
+    >>> torch.allclose(functional.squeeze_excite(x, w1, b1, w2, b2), 0.5 * x)  # hard-sigmoid of 0 is 0.5
+    True
     """
     op = "squeeze_excite"
     for name, t in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):

@@ -60,12 +60,19 @@ _chosen: str | None = None
 
 
 def available_backends() -> dict[str, str]:
-    """Every backend by name, with "available" or one line that says why it is not."""
+    """Every backend by name, with "available" or one line that says why it is not.
+
+    >>> mbn_kernels.available_backends()["reference"]
+    'available'
+    """
     return {name: _backend(name).missing or "available" for name in _LOADERS}
 
 
 def empty_cache() -> None:
-    """Gives memory back that the CPU kernels keep for later calls: that of former activations, and packed weights."""
+    """Gives memory back that the CPU kernels keep for later calls: that of former activations, and packed weights.
+
+    >>> mbn_kernels.empty_cache()
+    """
     if _backend("cpu").missing is None:
         cpu.empty_cache()
 
@@ -83,10 +90,12 @@ def get(name: str) -> Backend:
 class use_backend:
     """Chooses the backend for every call from now on, in all threads; None goes back to the choice by device.
 
-    As a context manager, the former choice comes back at the end of the block::
+    As a context manager, the former choice comes back at the end of the block.
 
-        with mbn_kernels.use_backend("reference"):
-            y = block(x)
+    >>> with mbn_kernels.use_backend("reference"):
+    ...     y = mbn_kernels.FusedSqueezeExcite(8)(torch.randn(2, 8, 4, 4))
+    >>> y.shape
+    torch.Size([2, 8, 4, 4])
     """
 
     def __init__(self, name: str | None) -> None:

@@ -43,6 +43,14 @@ def fuse(
 
     Returns:
         A :class:`~mbn_kernels.fusing.report.Report`; print it. A UserWarning says so where nothing was fused.
+
+    >>> layers = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    >>> print(mbn_kernels.fuse(nn.Sequential(*layers, nn.Conv2d(8, 4, 3))))
+    mbn_kernels.fuse: 1 modules fused, 1 skipped
+    fused:
+      [0:2]  Sequential  depthwise 3x3 8 relu
+    skipped:
+      3  Conv2d  a convolution with a bias, or with a padding other than a number of zeros
     """
     if not isinstance(model, nn.Module):
         fail("fuse", "model", "an nn.Module", type(model).__name__, TypeError)
@@ -59,6 +67,12 @@ def fuse(
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every module that :func:`fuse` changed its own class back; returns the model. Modules that are fused by
     their own class, as FusedInvResBlock, stay what they are.
+
+    >>> model = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    >>> mbn_kernels.fuse(model)
+    <Report: 1 modules fused, 0 skipped>
+    >>> type(model) is nn.Sequential, type(mbn_kernels.unfuse(model)) is nn.Sequential
+    (False, True)
     """
     if not isinstance(model, nn.Module):
         fail("unfuse", "model", "an nn.Module", type(model).__name__, TypeError)

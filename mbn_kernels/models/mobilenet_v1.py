@@ -19,6 +19,9 @@ def mobilenet_v1(
     """The paper's network, (N, in_channels, H, W) -> (N, num_classes), for any H and W; the paper names no dropout.
 
     fused=False builds the plain twin: stock PyTorch, same state_dict.
+
+    >>> models.mobilenet_v1(num_classes=10, width_mult=0.25)(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
     shapes = layer_shapes("mobilenet_v1", width_mult=width_mult)

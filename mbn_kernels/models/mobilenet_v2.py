@@ -21,6 +21,9 @@ def mobilenet_v2(
 
     As in the paper, a width below 1 leaves the last convolution's 1280 channels alone.
     fused=False builds the plain twin: stock PyTorch, same state_dict.
+
+    >>> models.mobilenet_v2(num_classes=10, width_mult=0.35)(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
     shapes = layer_shapes("mobilenet_v2", width_mult=width_mult)

@@ -8,12 +8,21 @@ from .tables import layer_shapes
 
 
 def mobilenet_v3_large(num_classes: int = 1000, width_mult: float = 1.0, **options) -> MobileNet:
-    """MobileNetV3-Large, (N, in_channels, H, W) -> (N, num_classes), for any H and W; options as for `mobilenet_v3`."""
+    """MobileNetV3-Large, (N, in_channels, H, W) -> (N, num_classes), for any H and W; options as for `mobilenet_v3`.
+
+    >>> models.mobilenet_v3_large(num_classes=10, width_mult=0.35)(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
     return mobilenet_v3("mobilenet_v3_large", 1280, num_classes, width_mult, **options)
 
 
 def mobilenet_v3_small(num_classes: int = 1000, width_mult: float = 1.0, **options) -> MobileNet:
-    """MobileNetV3-Small, (N, in_channels, H, W) -> (N, num_classes), for any H and W; options as for `mobilenet_v3`."""
+    """MobileNetV3-Small, (N, in_channels, H, W) -> (N, num_classes), for any H and W; options as for `mobilenet_v3`.
+
+    >>> plain = models.mobilenet_v3_small(num_classes=10, width_mult=0.35, fused=False)
+    >>> models.mobilenet_v3_small(num_classes=10, width_mult=0.35).load_state_dict(plain.state_dict())
+    <All keys matched successfully>
+    """
     return mobilenet_v3("mobilenet_v3_small", 1024, num_classes, width_mult, **options)
 
 

@@ -21,6 +21,11 @@ class MobileNet(KeepsEvaluation, nn.Module):
     """conv1, blocks, last_conv, se_block, global average pool, classifier: (N, C, H, W) -> (N, num_classes).
 
     last_conv and se_block may be absent. The weights are initialised here, so build the parts first.
+
+    >>> stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    >>> blocks = mbn_kernels.FusedSequential(mbn_kernels.FusedDepthwiseSeparable(8, 16))
+    >>> models.MobileNet(stem, blocks, nn.Sequential(nn.Linear(16, 10)))(torch.randn(2, 3, 16, 16)).shape
+    torch.Size([2, 10])
     """
 
     def __init__(
@@ -100,7 +105,12 @@ def build_block(
     bn_momentum: float = 0.1,
     squeeze_divisor: int = 8,
 ) -> nn.Module:
-    """The module of one row of a layer table; its height and width play no part."""
+    """The module of one row of a layer table; its height and width play no part.
+
+    >>> shape = models.layer_shapes("mobilenet_v2")[1]
+    >>> models.build_block(shape)(torch.randn(2, shape.in_channels, 8, 8)).shape
+    torch.Size([2, 24, 4, 4])
+    """
     bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
     if shape.kind == "separable":
         return FusedDepthwiseSeparable(

@@ -10,12 +10,20 @@ from .tables import V3_LARGE, V3_SMALL
 
 
 def review_large_cfgs() -> list:
-    """Rows (k, exp, out, se, nl, s) of the blocks, the last convolution's row, the classifier's hidden width."""
+    """Rows (k, exp, out, se, nl, s) of the blocks, the last convolution's row, the classifier's hidden width.
+
+    >>> models.review_large_cfgs()[-2:]
+    [(1, None, 960, False, 'hs', 1), 1280]
+    """
     return [*V3_LARGE, (1, None, 960, False, "hs", 1), 1280]
 
 
 def review_small_cfgs() -> list:
-    """As `review_large_cfgs`, of MobileNetV3-Small: there squeeze-excite follows the last convolution, too."""
+    """As `review_large_cfgs`, of MobileNetV3-Small: there squeeze-excite follows the last convolution, too.
+
+    >>> models.review_small_cfgs()[-2:]
+    [(1, None, 576, True, 'hs', 1), 1024]
+    """
     return [*V3_SMALL, (1, None, 576, True, "hs", 1), 1024]
 
 
@@ -26,6 +34,9 @@ class MobileNetV3(MobileNet):
     width_exp scales the blocks' output channels and nothing else. zero_init_residual changes nothing, as in the
     review: it is accepted so that existing calls keep working, and the blocks' last batch norms start at 1 either way.
     A last convolution that is not 1x1 is unpadded, as the review's is, and runs as stock PyTorch.
+
+    >>> models.MobileNetV3(3, models.review_small_cfgs(), num_classes=10)(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
 
     def __init__(

@@ -51,7 +51,11 @@ NETWORKS = tuple(STEM_CHANNELS)
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One block of a network; height and width are its input's. kind: "separable" (V1) or "inverted_residual"."""
+    """One block of a network; height and width are its input's. kind: "separable" (V1) or "inverted_residual".
+
+    >>> models.BlockShape(16, 3, 64, 24, False, "relu", 2, 112, 112, "inverted_residual").exp_channels
+    64
+    """
 
     in_channels: int
     k: int
@@ -92,6 +96,9 @@ def layer_shapes(network: str, resolution: int | tuple[int, int] = 224, width_mu
 
     resolution is that of the image, one number or (height, width). The stem's output channels are the first
     block's in_channels, the last block's out_channels feed the last 1x1 convolution (V1: the classifier).
+
+    >>> [(shape.k, shape.out_channels, shape.height) for shape in models.layer_shapes("mobilenet_v3_small", 64)[:3]]
+    [(3, 16, 32), (3, 24, 16), (3, 24, 8)]
     """
     if network not in STEM_CHANNELS:
         raise ValueError(f"layer_shapes: network: expected one of {', '.join(NETWORKS)}, got {network!r}")

@@ -20,7 +20,11 @@ _ACT_MODULES = {
 
 
 def make_divisible(v: float, divisor: int = 8) -> int:
-    """The multiple of ``divisor`` nearest to v, never more than 10% below it (MobileNetV2, arXiv 1801.04381)."""
+    """The multiple of ``divisor`` nearest to v, never more than 10% below it (MobileNetV2, arXiv 1801.04381).
+
+    >>> make_divisible(90), make_divisible(11)
+    (88, 16)
+    """
     rounded = max(int(v + divisor / 2) // divisor * divisor, divisor)
     return rounded + divisor if rounded < 0.9 * v else rounded
 
@@ -63,6 +67,12 @@ class FusedSqueezeExcite(FusedModule):
         channels: C of the input ``[N, C, H, W]``.
         r: reduction; the layers are ``channels // r`` wide, or ``squeeze_channels`` where given.
         fused: False runs the children one by one.
+
+    >>> block = mbn_kernels.FusedSqueezeExcite(16)
+    >>> block(torch.randn(2, 16, 7, 7)).shape
+    torch.Size([2, 16, 7, 7])
+    >>> list(block.state_dict())
+    ['excitation.0.weight', 'excitation.0.bias', 'excitation.2.weight', 'excitation.2.bias']
     """
 
     def __init__(self, channels: int, r: int = 4, *, squeeze_channels: int | None = None, fused: bool = True) -> None:
@@ -109,6 +119,10 @@ class FusedDepthwiseConvBNAct(_ConvBNAct):
         channels: C of ``[N, C, H, W]``.
         k: kernel size, odd. ``padding`` None keeps the size at stride 1.
         act: identity, relu, relu6, hardswish (or hs), silu.
+
+    >>> block = mbn_kernels.FusedDepthwiseConvBNAct(8, 5, stride=2, act="relu6")
+    >>> block(torch.randn(2, 8, 9, 9)).shape
+    torch.Size([2, 8, 5, 5])
     """
 
     def __init__(
@@ -135,7 +149,12 @@ class FusedDepthwiseConvBNAct(_ConvBNAct):
 
 
 class FusedPointwiseConvBNAct(_ConvBNAct):
-    """Pointwise 1x1 convolution, batch norm, activation: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``."""
+    """Pointwise 1x1 convolution, batch norm, activation: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
+
+    >>> block = mbn_kernels.FusedPointwiseConvBNAct(8, 16, act="silu")
+    >>> block(torch.randn(2, 8, 7, 7)).shape
+    torch.Size([2, 16, 7, 7])
+    """
 
     def __init__(
         self,
@@ -180,6 +199,10 @@ class _LayersBlock(FusedModule):
 class FusedDepthwiseSeparable(_LayersBlock):
     """MobileNetV1's block (arXiv 1704.04861): depthwise k x k and pointwise convolution, each with batch norm and
     ``nl``.
+
+    >>> block = mbn_kernels.FusedDepthwiseSeparable(8, 16, s=2)
+    >>> block(torch.randn(2, 8, 7, 7)).shape
+    torch.Size([2, 16, 4, 4])
     """
 
     def __init__(
@@ -219,6 +242,17 @@ class FusedInvResBlock(_LayersBlock):
         nl: "relu", "relu6", "hs" (hard-swish) or "silu".
         s: depthwise stride.
         fused: False runs the children one by one.
+
+    >>> block = mbn_kernels.FusedInvResBlock(8, 3, 24, 8, True, "hs", 1)
+    >>> plain = mbn_kernels.FusedInvResBlock(8, 3, 24, 8, True, "hs", 1, fused=False)
+    >>> plain.load_state_dict(block.state_dict())
+    <All keys matched successfully>
+    >>> x = torch.randn(2, 8, 7, 7, requires_grad=True)
+    >>> torch.allclose(block(x), plain(x), atol=1e-4)
+    True
+    >>> block(x).sum().backward()
+    >>> x.grad.shape
+    torch.Size([2, 8, 7, 7])
     """
 
     def __init__(

@@ -44,6 +44,12 @@ def freeze(model: nn.Module, example: Tensor) -> FrozenEvaluation:
 
     Raises:
         ValueError: not all of the model runs in one call; the message says what does not.
+
+    >>> net, x = mbn_kernels.FusedSequential(mbn_kernels.FusedDepthwiseSeparable(4, 8)).eval(), torch.randn(1, 4, 8, 8)
+    >>> frozen = mbn_kernels.freeze(net, x)
+    >>> with torch.no_grad():
+    ...     torch.equal(frozen(x), net(x))
+    True
     """
     check_tensor("freeze", "example", example)
     if not isinstance(model, KeepsEvaluation):

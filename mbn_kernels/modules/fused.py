@@ -80,6 +80,13 @@ class FusedModule(KeepsEvaluation, nn.Module):
     expect. Where a child is no longer what the chain knows (another class, a forward or backward hook on it), the
     children run one after another as they are; :meth:`why_not_fused` says so. So they do while ONNX is exported, which
     knows no operator of ours.
+
+    >>> block = mbn_kernels.FusedSqueezeExcite(16)
+    >>> isinstance(block, FusedModule), block.why_not_fused()
+    (True, None)
+    >>> block.excitation[1] = nn.Tanh()
+    >>> block.why_not_fused()
+    'a squeeze-excite of other modules than Linear, activation, Linear, activation'
     """
 
     def __init__(self, fused: bool) -> None:

@@ -22,6 +22,12 @@ class FusedSequential(KeepsEvaluation, nn.Sequential):
 
     Everywhere else, and for children that are not fused, have a hook or are something else, it does what
     ``nn.Sequential`` does.
+
+    >>> blocks = [mbn_kernels.FusedDepthwiseSeparable(4, 8), mbn_kernels.FusedDepthwiseSeparable(8, 8, s=2)]
+    >>> net, x = mbn_kernels.FusedSequential(*blocks).eval(), torch.randn(2, 4, 8, 8)
+    >>> with torch.no_grad():
+    ...     torch.allclose(net(x), nn.Sequential(*blocks)(x), atol=1e-4)
+    True
     """
 
     def forward(self, x: Tensor) -> Tensor:
