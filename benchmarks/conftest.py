@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,17 @@ def rates(info: dict, given: Pass, took: float) -> dict[str, float]:
     return found
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-benchmark may be missing where only tests run
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+    """Leaves out the single times, so that files are small enough to be kept (--benchmark-save-data asks for them), and
+    the host's name, which is nobody's business.
+    """
+    output_json["machine_info"].pop("node", None)
+    if not config.option.benchmark_save_data:
+        for entry in output_json["benchmarks"]:
+            entry["stats"].pop("data", None)
+
+
 # The table ------------------------------------------------------------------------------------------------------------
 
 
@@ -132,8 +144,20 @@ def ours(names: dict[str, float]) -> str | None:
 
 @pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    medians = config.stash.get(MEDIANS, {})
+    if not medians:
+        return
+    compare(terminalreporter, medians)
+    kept = getattr(config.option, "benchmark_json", None)
+    # pytest-benchmark 4 has an open file there, whose name is the path.
+    where = f"in {kept if isinstance(kept, Path) else kept.name}" if kept else "above; --benchmark-json=FILE keeps them"
+    terminalreporter.line(f"The results are {where}; `python -m benchmarks.report --read FILE` draws them.")
+
+
+def compare(terminalreporter: pytest.TerminalReporter, medians: dict[str, dict[str, float]]) -> None:
+    """The table; nothing where no group has both stock and ours."""
     rows = []
-    for group, by_name in config.stash.get(MEDIANS, {}).items():
+    for group, by_name in medians.items():
         stock = {name: took for name, took in by_name.items() if not name.startswith("fused-")}
         name = ours(by_name)
         if stock and name:
@@ -152,6 +176,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         )
     mean = math.exp(sum(math.log(stock / fused) for _, _, stock, fused in rows) / len(rows))
     terminalreporter.line(f"{'geometric mean of ' + str(len(rows)):<{width}}  {'':>8}  {'':>8}  {mean:5.2f}x")
-    kept = getattr(config.option, "benchmark_json", None)
-    where = f"in {kept.name}" if kept else "above; --benchmark-json=FILE keeps them"
-    terminalreporter.line(f"The results are {where}; `python -m benchmarks.report --read FILE` draws them.")

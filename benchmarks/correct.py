@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,13 @@ class Oracle(NamedTuple):
     def judge(self, prepared: Prepared) -> Verdict:
         allowed = [FACTOR * e + self.least for e in self.errors]
         found = [Verdict(e, t) for e, t in zip(relative_errors(prepared.results(), self.exact), allowed, strict=True)]
-        return max(found, key=lambda v: v.error / v.tolerance if v.error == v.error else float("inf"))
+        return max(found, key=excess)
+
+
+def excess(verdict: Verdict) -> float:
+    """The error as part of what is allowed; infinite where either is NaN."""
+    found = verdict.error / verdict.tolerance
+    return math.inf if math.isnan(found) else found
 
 
 def oracle(given: Pass) -> Oracle:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mbn_kernels import available_backends
 
-from .timing import output_of, system_info
+from .timing import system_info
 
 #: In a second no GPU counts many more: one that waits for so many waits as long as it should, or longer.
 CYCLES = 2e9
@@ -92,13 +92,9 @@ def in_one_line(error: Exception) -> str:
 
 
 def gpu_system_info(device: torch.device) -> dict[str, str | float]:
-    """As timing.system_info, with what decides a GPU's speed."""
-    import triton
-
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    """As timing.system_info, with what else decides a GPU's speed."""
     return {
         **system_info(device),
-        **{"driver": driver, "cuda": str(torch.version.cuda), "triton": triton.__version__},
         "cuda_backend": available_backends()["cuda"],
         "tuned": os.environ.get("MBN_TRITON_TUNE", "0"),
         "l2_bytes": l2_bytes(device),

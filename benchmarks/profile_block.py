@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
 
-from mbn_kernels import models, ranges, use_backend
+from mbn_kernels import available_backends, models, ranges, use_backend
 from mbn_kernels.models import build_block
 from mbn_kernels.models.tables import BlockShape, layer_shapes
 
@@ -43,18 +43,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, under autocast in training; float32"
     )
     parser.add_argument("--resolution", type=int, default=224, help="of the network's images")
-    parser.add_argument("--backend", help="of mbn_kernels (default: the one that it chooses)")
+    backends = available_backends()
+    parser.add_argument("--backend", choices=backends, help="of mbn_kernels (default: the one that it chooses)")
     parser.add_argument("--trace", type=Path, metavar="PATH", help="where torch.profiler's trace goes")
     options = parser.parse_args(arguments)
     options.device = default_device()
     on_gpu = options.device.type == "cuda"
-    options.batch = options.batch or (256 if on_gpu else 16)
+    if options.batch is None:
+        options.batch = 256 if on_gpu else 16
     options.dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
+    for name in ("iterations", "batch", "resolution"):
+        if getattr(options, name) < 1:
+            parser.error(f"argument --{name}: expected a positive number, got {getattr(options, name)}")
     shapes = layer_shapes(options.model, options.resolution)
     if not 0 <= options.block < len(shapes):
         parser.error(f"argument --block: expected 0 to {len(shapes) - 1} for {options.model}, got {options.block}")
-    if options.iterations < 1 or options.batch < 1:
-        parser.error("arguments --iterations and --batch: expected positive numbers")
+    state = backends.get(options.backend, "available")
+    if state != "available":
+        parser.error(f"argument --backend: {options.backend}: {state}")
     options.shape = shapes[options.block]
     if not on_gpu:
         options.trace = options.trace or Path(f"profile-{options.model}-{options.block}.json")
@@ -188,12 +194,15 @@ def main(arguments: list[str] | None = None) -> None:
         for _ in range(WARM_UP):
             call()
         synchronize(options.device)
+        before = ranges.on
         ranges.enable()
-        if options.trace is None:
-            bracketed(call, options)
-            console.print(f"{options.iterations} iterations ran between cudaProfilerStart and cudaProfilerStop.")
-            return
-        profile = recorded(call, options)
+        try:
+            profile = recorded(call, options) if options.trace else bracketed(call, options)
+        finally:
+            ranges.enable(before)
+    if profile is None:
+        console.print(f"{options.iterations} iterations ran between cudaProfilerStart and cudaProfilerStop.")
+        return
     console.print(table_of(*rows_of(profile.events(), options.iterations), on_gpu))
     console.print(f"The trace is in {options.trace}: open it in Perfetto or chrome://tracing.", soft_wrap=True)
 

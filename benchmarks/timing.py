@@ -42,6 +42,12 @@ def commit() -> str:
     return output_of("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
+@lru_cache
+def driver() -> str:
+    """The version of the GPU's."""
+    return output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
 def system_info(device: torch.device) -> dict[str, str | float]:
     """Versions, threads and hardware, as recorded with every result; the load tells whether the machine was idle."""
     info: dict[str, str | float] = {
@@ -55,7 +61,10 @@ def system_info(device: torch.device) -> dict[str, str | float]:
         "commit": commit(),
     }
     if device.type == "cuda":
-        info["gpu"] = torch.cuda.get_device_name(device)
+        import triton  # PyTorch for GPUs brings it; one for CPUs does not
+
+        info |= {"gpu": torch.cuda.get_device_name(device), "driver": driver()}
+        info |= {"cuda": str(torch.version.cuda), "triton": triton.__version__}
     return info
 
 
