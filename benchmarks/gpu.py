@@ -3,6 +3,8 @@
 python -m benchmarks.gpu --json result.json
 python -m benchmarks.gpu --only blocks --model mobilenet_v3_large --jobs 8
 
+What each gives is compared with float64 just before it is timed: who is wrong has no time (gpu_checks.py).
+
 Every time is a median of calls between which the second-level cache is emptied. Those of stages and blocks are the
 GPU's alone, as in a network that keeps it busy; those of networks are from a call's start to its end. With
 MBN_TRITON_TUNE=1 each kernel's tile size, and how the CUDA backend runs a block, is measured first

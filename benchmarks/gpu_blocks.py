@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 
 import torch
@@ -17,6 +18,7 @@ from mbn_kernels import backends, chain
 from mbn_kernels.models import build_block
 from mbn_kernels.models.tables import BlockShape, layer_shapes
 
+from .gpu_checks import exact_passes, measure_passes, results_of
 from .gpu_contestants import (
     COMPILE,
     EAGER,
@@ -26,11 +28,10 @@ from .gpu_contestants import (
     autocast,
     build,
     default_of,
+    drawn,
     forward_of,
-    measure_passes,
     turn,
 )
-from .gpu_operators import channels_last
 from .gpu_timing import Setting, in_one_line, median_seconds
 from .layers import label, minimum_bytes
 
@@ -46,11 +47,17 @@ def blocks(network: str, quick: bool) -> Counter[BlockShape]:
     return Counter({shape: found[shape] for shape in chosen})
 
 
+def input_shape(shape: BlockShape, setting: Setting) -> tuple[int, int, int, int]:
+    return setting.batch, shape.in_channels, shape.height, shape.width
+
+
 def block_calls(contestant: Contestant, shape: BlockShape, setting: Setting) -> Iterator[Timed]:
-    """The passes over a block: evaluation in the setting's dtype, training under autocast to it."""
+    """The passes over a block: evaluation in the setting's dtype, training under autocast to it. They return the
+    output, and the gradients of input and parameters.
+    """
     device, dtype = setting.device, setting.dtype
-    x = channels_last(setting, setting.batch, shape.in_channels, shape.height, shape.width)
-    module = build(contestant, partial(build_block, shape), device).to(dtype).eval()
+    x = drawn(contestant, input_shape(shape, setting), dtype, device)
+    module = build(contestant, partial(build_block, shape), device, dtype).eval()
     evaluated = forward_of(contestant, module)
 
     def evaluate() -> torch.Tensor:
@@ -63,10 +70,10 @@ def block_calls(contestant: Contestant, shape: BlockShape, setting: Setting) -> 
     leaves = [leaf, *module.parameters()]
 
     def train() -> torch.Tensor:
-        with autocast(device, dtype):
+        with autocast(contestant, device, dtype):
             return trained(leaf)
 
-    gradient = torch.randn_like(train())
+    gradient = drawn(contestant, train().shape, dtype, device, seed=2)
     yield "forward", train, None
     yield "backward", lambda out: torch.autograd.grad(out, leaves, gradient), lambda: (train(),)
 
@@ -82,12 +89,13 @@ def measure_block(network: str, shape: BlockShape, times: int, setting: Setting,
     rows = {
         name: {
             **{"kind": "block", "model": network, "block": label(shape), "times": times, "pass": name},
-            **{"batch": setting.batch, "minimum_bytes": moved, "seconds": {}, "share": {}, "failed": {}},
+            **{"batch": setting.batch, "minimum_bytes": moved},
+            **{"seconds": {}, "share": {}, "failed": {}, "errors": {}},
         }
         for name, moved in minimum_bytes(shape, setting.batch, setting.dtype.itemsize).items()
     }
-    for contestant in among((EAGER, COMPILE), compiles):
-        measure_passes(rows, contestant, partial(block_calls, contestant, shape, setting), setting)
+    contestants = among((EAGER, COMPILE), compiles)
+    measure_passes(rows, contestants, lambda contestant: block_calls(contestant, shape, setting), setting)
     for row in rows.values():
         yield {**row, "slower_than": slower_than(row["seconds"])}
 
@@ -143,23 +151,34 @@ def measure_ways(network: str, shape: BlockShape, setting: Setting) -> Iterator[
     """One row for each way that the planner would have measured, the first of them the one that it expects most of."""
     from mbn_kernels.backends.cuda import planner
 
-    module = build_block(shape).to(setting.device, setting.dtype).eval()
+    cuda = Contestant("cuda", backend="cuda")
+    module = build(cuda, partial(build_block, shape), setting.device, setting.dtype).eval()
     call = module.call()
     stages = chain.parse(call.spec).stages
     params = chain.stage_parameters(stages, [p.detach() for p in call.params])
-    x = channels_last(setting, setting.batch, shape.in_channels, shape.height, shape.width)
+    x = drawn(cuda, input_shape(shape, setting), setting.dtype, setting.device)
     outer = [p["weight"].shape[0] for p in params]
     hidden = [p["w1"].shape[0] if stage.gate else 0 for stage, p in zip(stages, params, strict=True)]
     sizes = planner.sizes_of(x.shape, stages, outer, hidden, x.element_size())
     ways = planner.ways(stages, sizes, call.residual, x.device)
-    for way in ways if len(ways) > 1 else ():
+    if len(ways) < 2:
+        return
+
+    def evaluation(contestant: Contestant) -> Iterator[Timed]:
+        return islice(block_calls(contestant, shape, setting), 1)
+
+    exact = exact_passes(["evaluation"], evaluation, setting)["evaluation"]
+    for way in ways:
         run = partial(_evaluate, x, stages, params, x if call.residual else None, way)
         row = {"kind": "way", "model": network, "block": label(shape), "batch": setting.batch, **way._asdict()}
         row |= {"way": describe(way, stages), "first_choice": way == ways[0]}
         row |= {"estimate": planner.seconds(way, stages, sizes, x.device), "seconds": None, "failed": None}
-        with turn(Contestant("cuda", backend="cuda")):
+        row["errors"] = {}
+        with turn(cuda):
             try:
-                row["seconds"] = median_seconds(run, setting.milliseconds)
+                row["failed"] = exact.sentence(results_of(run), cuda.name, row["errors"])
+                if not row["failed"]:
+                    row["seconds"] = median_seconds(run, setting.milliseconds)
             except Exception as error:  # the others are worth measuring still
                 row["failed"] = in_one_line(error)
         yield row

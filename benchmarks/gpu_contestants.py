@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,24 +12,26 @@ from torch import Tensor, nn
 
 from mbn_kernels import available_backends, use_backend
 
-from .gpu_timing import Setting, in_one_line, median_seconds
-
-#: (pass, call, what makes its arguments outside of the time).
+#: (pass, call, what makes its arguments outside of the time); the call returns what must be right.
 Timed = tuple[str, Callable[..., object], Callable[[], tuple] | None]
 #: The one that runs where nothing is chosen comes last.
 BACKENDS = ("triton", "cuda")
 
 
 class Contestant(NamedTuple):
-    """``backend`` is that of mbn_kernels; the others run the plain twin, stock PyTorch, ``mode`` is torch.compile's."""
+    """``backend`` is that of mbn_kernels; the others run the plain twin, stock PyTorch, ``mode`` is torch.compile's.
+    Who is ``exact`` runs it in float64, from the numbers as the others round them.
+    """
 
     name: str
     backend: str | None = None
     mode: str | None = None
     memory_format: torch.memory_format = torch.channels_last
+    exact: bool = False
 
 
 EAGER = Contestant("eager")
+EXACT = Contestant("float64", exact=True)
 NCHW = Contestant("eager-nchw", memory_format=torch.contiguous_format)
 COMPILE = Contestant("compile", mode="default")
 MAX_AUTOTUNE = Contestant("max-autotune", mode="max-autotune")
@@ -65,10 +67,23 @@ def turn(contestant: Contestant) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def build(contestant: Contestant, make: Callable[..., nn.Module], device: torch.device) -> nn.Module:
-    """``make(fused=...)`` with the weights that all contestants have."""
+def build(
+    contestant: Contestant, make: Callable[..., nn.Module], device: torch.device, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """``make(fused=...)`` with the weights that all contestants have, rounded to the dtype."""
     torch.manual_seed(0)
-    return make(fused=contestant.backend is not None).to(device, memory_format=contestant.memory_format)
+    module = make(fused=contestant.backend is not None).to(device, dtype, memory_format=contestant.memory_format)
+    return module.double() if contestant.exact else module
+
+
+def drawn(
+    contestant: Contestant, shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 1
+) -> Tensor:
+    """Normal numbers, the same for all contestants, rounded to the dtype."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(tuple(shape), dtype=dtype, device=device, generator=generator)
+    x = x.contiguous(memory_format=contestant.memory_format)
+    return x.double() if contestant.exact else x
 
 
 def forward_of(contestant: Contestant, module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -82,28 +97,6 @@ def forward_of(contestant: Contestant, module: nn.Module) -> Callable[[Tensor], 
     return torch.compile(module, fullgraph=True, options=None if module.training else {"freezing": True})
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """What training runs under: none for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def measure_passes(
-    rows: dict[str, dict], contestant: Contestant, calls: Callable[[], Iterator[Timed]], setting: Setting
-) -> None:
-    """Times of a contestant's calls, each into the row of its pass; what fails is noted there, as the rest is worth
-    measuring still. ``share``: the part of a copy's speed that the least bytes reach.
-    """
-
-    def measure() -> None:
-        for name, call, given in calls():
-            seconds = median_seconds(call, setting.milliseconds, given=given)
-            rows[name]["seconds"][contestant.name] = seconds
-            rows[name]["share"][contestant.name] = rows[name]["minimum_bytes"] / seconds / setting.copy
-
-    with turn(contestant):
-        try:
-            measure()
-        except Exception as error:
-            for row in rows.values():
-                if contestant.name not in row["seconds"]:
-                    row["failed"][contestant.name] = in_one_line(error)
+def autocast(contestant: Contestant, device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """What training runs under: none for float32, nor where it is exact."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32 and not contestant.exact)

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mbn_kernels import models
 
+from .gpu_checks import Exact, allowed, exact_of, factored
 from .gpu_contestants import (
     COMPILE,
     EAGER,
@@ -24,12 +26,17 @@ from .gpu_contestants import (
     autocast,
     build,
     default_of,
+    drawn,
     forward_of,
     turn,
 )
 from .gpu_timing import in_one_line, median_seconds
-from .implementations import Call
+from .implementations import Call, Prepared
 
+#: Calls before a CUDA graph is recorded.
+WARM_UP = 3
+#: A first step's loss may be off by so much, as a part of it.
+LOSS = 0.02
 LARGE = "mobilenet_v3_large"
 
 
@@ -38,80 +45,113 @@ class Case(NamedTuple):
 
     direction: str
     batch: int
-    prepare: Callable[..., Call]
+    prepare: Callable[..., Prepared]
     stock: tuple[Contestant, ...]
     targets: dict[str, float]
     essential: bool = False
 
+    def limits(self, dtype: torch.dtype, errors: list[float]) -> list[float]:
+        """How far off each result may be, from eager PyTorch's errors."""
+        if not self.direction.startswith("training step"):
+            return allowed(errors, dtype)
+        loss, logits, gradients = errors
+        # A new network's loss is all but log(1000), whatever its logits are: they, and the gradients, tell more.
+        return [max(LOSS, factored(loss)), *allowed([logits], dtype), *allowed([gradients], dtype, kinks=True)]
 
-def network_evaluation(contestant: Contestant, model: str, batch: int, options: argparse.Namespace) -> Call:
-    """Of a network without gradients."""
-    net = build(contestant, getattr(models, model), options.device).to(options.dtype).eval()
-    x = torch.randn(batch, 3, options.resolution, options.resolution, dtype=options.dtype, device=options.device)
-    x, forward = x.contiguous(memory_format=contestant.memory_format), forward_of(contestant, net)
 
-    def call() -> None:
+def network_of(contestant: Contestant, model: str, options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+    """Without dropout, of which each contestant would draw another mask."""
+    return build(contestant, partial(getattr(models, model), dropout=0.0), options.device, dtype)
+
+
+def images(contestant: Contestant, batch: int, options: argparse.Namespace, dtype: torch.dtype) -> Tensor:
+    return drawn(contestant, (batch, 3, options.resolution, options.resolution), dtype, options.device)
+
+
+def network_evaluation(
+    contestant: Contestant, model: str, batch: int, options: argparse.Namespace, graph: bool = False
+) -> Prepared:
+    """Of a network without gradients: its logits. With ``graph`` as a CUDA graph; torch.compile makes its own."""
+    net = network_of(contestant, model, options, options.dtype).eval()
+    x, forward = images(contestant, batch, options, options.dtype), forward_of(contestant, net)
+
+    def call() -> Tensor:
         with torch.no_grad():
-            forward(x)
+            return forward(x)
 
-    return call
+    if contestant.mode:
+        warm_up(call)  # what is compared is then what a graph of torch.compile gives
+    run = captured(call) if graph and not (contestant.mode or contestant.exact) else call
+    return Prepared(run, lambda: [run()])
 
 
-def network_graph(contestant: Contestant, model: str, batch: int, options: argparse.Namespace) -> Call:
-    """The same as a CUDA graph; torch.compile makes its own."""
-    call = network_evaluation(contestant, model, batch, options)
-    return call if contestant.mode else captured(call)
+def warm_up(call: Call) -> None:
+    for _ in range(WARM_UP):
+        call()
 
 
 def captured(call: Call) -> Call:
-    """A call as a CUDA graph that is replayed, after a few calls on a side stream, as PyTorch asks for."""
+    """A call as a CUDA graph that is replayed, after a few calls on a side stream, as PyTorch asks for. It returns the
+    tensors that the call returned while it was recorded, which each replay writes anew.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
+        warm_up(call)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        found = call()
 
-    def replay(_kept: Call = call) -> None:  # the graph reads the call's tensors
+    def replay(_kept: Call = call) -> object:  # the graph reads the call's tensors
         graph.replay()
+        return found
 
     return replay
 
 
-def network_training(contestant: Contestant, model: str, batch: int, options: argparse.Namespace) -> Call:
-    """A step of a network in float32 under autocast: forward, cross-entropy, backward, SGD."""
-    net = build(contestant, getattr(models, model), options.device).train()
-    x = torch.randn(batch, 3, options.resolution, options.resolution, device=options.device)
-    x = x.contiguous(memory_format=contestant.memory_format)
-    labels = torch.randint(1000, (batch,), device=options.device)
+def network_training(
+    contestant: Contestant, model: str, batch: int, options: argparse.Namespace, graph: bool = False
+) -> Prepared:
+    """A step of a network in float32 under autocast: forward, cross-entropy, backward, SGD. With ``graph`` as a CUDA
+    graph. The results are a first step's: loss, logits, all gradients as one vector.
+    """
+    net = network_of(contestant, model, options, torch.float32).train()
+    x, labels = images(contestant, batch, options, torch.float32), torch.arange(batch, device=options.device) % 1000
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     forward = forward_of(contestant, net)
 
-    def call() -> None:
+    def call() -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(options.device, options.dtype):
-            loss = nn.functional.cross_entropy(forward(x), labels)
+        with autocast(contestant, options.device, options.dtype):
+            logits = forward(x)
+            loss = nn.functional.cross_entropy(logits, labels)
         loss.backward()
         optimizer.step()
+        return loss.detach(), logits.detach()
 
-    return call
+    run = call
+    if graph and not contestant.exact:
+        first = {name: t.clone() for name, t in net.state_dict().items()}
+        run = captured(call)
+        net.load_state_dict(first)  # the calls before have trained it
 
+    def results() -> list[Tensor]:
+        loss, logits = run()
+        # As one vector: of single small gradients deep in a network, rounding is most of what is left.
+        return [loss, logits, torch.cat([p.grad.flatten() for p in net.parameters()])]
 
-def network_training_graph(contestant: Contestant, model: str, batch: int, options: argparse.Namespace) -> Call:
-    """The same step as a CUDA graph."""
-    return captured(network_training(contestant, model, batch, options))
+    return Prepared(run, results)
 
 
 def network_cases(batch: int) -> list[Case]:
     """The one for which torch.compile takes longest comes last of the essential ones."""
     every, small = (NCHW, EAGER, COMPILE), [n for n in (1, 16) if n != batch]
+    step, evaluation = (partial(prepare, graph=True) for prepare in (network_training, network_evaluation))
     return [
         Case("training step", batch, network_training, every, {"eager": 2.0, "compile": 1.7}, True),
-        Case("training step as a CUDA graph", batch, network_training_graph, (EAGER,), {}, True),
-        Case("CUDA graph", 1, network_graph, (EAGER, REDUCE_OVERHEAD), {"reduce-overhead": 1.3}, True),
+        Case("training step as a CUDA graph", batch, step, (EAGER,), {}, True),
+        Case("CUDA graph", 1, evaluation, (EAGER, REDUCE_OVERHEAD), {"reduce-overhead": 1.3}, True),
         Case("evaluation", batch, network_evaluation, (NCHW, EAGER, MAX_AUTOTUNE), {"max-autotune": 1.6}, True),
         *(Case("evaluation", n, network_evaluation, every, {"compile": 1.4}) for n in small),
     ]
@@ -128,19 +168,35 @@ def compare(seconds: dict[str, float], targets: dict[str, float]) -> dict:
 
 
 def measure_network(model: str, case: Case, options: argparse.Namespace) -> dict:
-    seconds, failed = {}, {}
+    """A row, with the time of everyone who is right."""
+    row = {"kind": "network", "model": model, "direction": case.direction, "batch": case.batch}
+    row |= {"seconds": {}, "failed": {}, "errors": {}}
+
+    def results(contestant: Contestant) -> list[tuple[str, list[Tensor]]]:
+        return [(case.direction, case.prepare(contestant, model, case.batch, options).results())]
+
+    def limits(_: str, errors: list[float]) -> list[float]:
+        return case.limits(options.dtype, errors)
+
+    exact = exact_of([case.direction], results, limits)[case.direction]
     for contestant in among(case.stock, not options.no_compile):
         print(f"{model}, {case.direction}, batch {case.batch}: {contestant.name}", flush=True)  # it may take minutes
         with turn(contestant):
             try:
-                seconds[contestant.name] = _seconds(contestant, model, case, options)
+                _measure(row, contestant, model, case, exact, options)
             except Exception as error:  # the others are worth measuring still
-                failed[contestant.name] = in_one_line(error)
-    row = {"kind": "network", "model": model, "direction": case.direction, "batch": case.batch, "seconds": seconds}
+                row["failed"][contestant.name] = in_one_line(error)
     targets = case.targets if model == LARGE else {}
-    return {**row, "failed": failed, "targets": targets, **compare(seconds, targets)}
+    return {**row, "targets": targets, **compare(row["seconds"], targets)}
 
 
-def _seconds(contestant: Contestant, model: str, case: Case, options: argparse.Namespace) -> float:
-    call = case.prepare(contestant, model, case.batch, options)
-    return median_seconds(call, options.network_milliseconds, ahead=False)
+def _measure(
+    row: dict, contestant: Contestant, model: str, case: Case, exact: Exact, options: argparse.Namespace
+) -> None:
+    prepared = case.prepare(contestant, model, case.batch, options)
+    wrong = exact.sentence(prepared.results(), contestant.name, row["errors"])
+    if wrong:
+        row["failed"][contestant.name] = wrong
+    else:
+        took = median_seconds(prepared.call, options.network_milliseconds, ahead=False)
+        row["seconds"][contestant.name] = took

@@ -1,11 +1,13 @@
-"""python -m benchmarks.gpu without a GPU: what it runs, on the CPU; what it counts; the tables that it prints."""
+"""python -m benchmarks.gpu without a GPU: what it runs, on the CPU; who has no time; what it counts; its tables."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,14 @@ from test_blocks import REAL
 from torch import Tensor
 
 pytest.importorskip("rich", reason="rich is not installed")
-from benchmarks import gpu, gpu_blocks, gpu_contestants, gpu_networks, gpu_operators, gpu_tables, gpu_timing
-from benchmarks.gpu_contestants import EAGER, Contestant
+from benchmarks import gpu, gpu_blocks, gpu_checks, gpu_contestants, gpu_networks, gpu_operators, gpu_tables, gpu_timing
+from benchmarks.gpu_checks import Exact
+from benchmarks.gpu_contestants import EAGER, EXACT, NCHW, Contestant
 from benchmarks.gpu_timing import Setting
 from benchmarks.layers import label, minimum_bytes, minimum_evaluation_bytes
 from benchmarks.stages import StageShape, deferred_bytes
 from mbn_kernels import available_backends, backends, chain, use_backend
+from mbn_kernels.backends.reference import ReferenceKernels
 from mbn_kernels.models import build_block
 from mbn_kernels.models.tables import NETWORKS, BlockShape, layer_shapes
 
@@ -35,6 +39,7 @@ STAGES = (
     StageShape("pointwise", 8, 16, 1, 1, 9, 9, "identity"),
 )
 BACKEND = "cpu" if available_backends()["cpu"] == "available" else "reference"
+OURS = Contestant(BACKEND, backend=BACKEND)
 
 
 # What runs ------------------------------------------------------------------------------------------------------------
@@ -46,7 +51,6 @@ def test_calls_of_a_block(shape: BlockShape, dtype: torch.dtype) -> None:
     """Stock and ours do the same in each pass, from the same numbers."""
 
     def results(contestant: Contestant) -> dict[str, tuple[Tensor, ...]]:
-        torch.manual_seed(0)
         found = {}
         with use_backend(contestant.backend):
             for name, call, given in gpu_blocks.block_calls(contestant, shape, CPU._replace(dtype=dtype)):
@@ -54,7 +58,7 @@ def test_calls_of_a_block(shape: BlockShape, dtype: torch.dtype) -> None:
                 found[name] = out if isinstance(out, tuple) else (out,)
         return found
 
-    expected, got = (results(contestant) for contestant in (EAGER, Contestant(BACKEND, backend=BACKEND)))
+    expected, got = results(EAGER), results(OURS)
     assert list(expected) == list(got) == ["evaluation", "forward", "backward"]
     for name, plain in expected.items():
         assert [(t.dtype, t.shape, t.requires_grad) for t in got[name]] == [
@@ -67,11 +71,33 @@ def test_calls_of_a_block(shape: BlockShape, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", STAGES, ids=str)
 def test_calls_of_a_stage(shape: StageShape) -> None:
-    calls = list(gpu_operators.stage_calls(shape, backends.get(BACKEND).kernels, CPU))
-    assert [name for name, *_ in calls] == ["evaluation", "forward", "backward"]
-    assert {name for name, *_ in calls} == gpu_operators.TARGETS[shape.conv].keys()
-    for _, call, _ in calls:
-        call()
+    """The plain twin with the reference's kernels and ours do the same, from the same numbers."""
+    setting = CPU._replace(dtype=torch.float32)
+
+    def results(contestant: Contestant) -> dict[str, list[Tensor]]:
+        with use_backend(contestant.backend):
+            calls = gpu_operators.stage_calls(contestant, shape, setting)
+            return {name: gpu_checks.results_of(call) for name, call, _ in calls}
+
+    expected, got = results(EAGER), results(OURS)
+    assert list(got) == ["evaluation", "forward", "backward"]
+    assert got.keys() == gpu_operators.TARGETS[shape.conv].keys()
+    assert {name: len(found) for name, found in got.items()} == {"evaluation": 1, "forward": 2, "backward": 4}
+    for name, plain in expected.items():
+        stock.assert_same(got[name], plain, 1e-4)
+
+
+def take_part(monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]) -> None:
+    """Ours, by name: the backend that each really runs."""
+    found = [Contestant(name, backend=backend) for name, backend in chosen.items()]
+    for module in (gpu_contestants, gpu_operators):
+        monkeypatch.setattr(module, "ours", lambda: found)
+
+
+def captured(call: Callable) -> Callable:
+    """No CUDA graph, but the calls that come before one is recorded."""
+    gpu_networks.warm_up(call)
+    return call
 
 
 @pytest.fixture
@@ -89,22 +115,20 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         measured.append(contestant.name)
         return turn(contestant)
 
-    for module in (gpu_contestants, gpu_blocks, gpu_networks):
+    for module in (gpu_checks, gpu_blocks, gpu_networks):
         monkeypatch.setattr(module, "median_seconds", seconds)
         monkeypatch.setattr(module, "turn", watched)
-    both = [Contestant(name, backend=BACKEND) for name in gpu_contestants.BACKENDS]
-    monkeypatch.setattr(gpu_contestants, "ours", lambda: both)
-    monkeypatch.setattr(gpu_operators, "ours", lambda: both)
+    take_part(monkeypatch, dict.fromkeys(gpu_contestants.BACKENDS, BACKEND))
     monkeypatch.setattr(gpu_operators, "l2_bytes", lambda device: 0)
-    monkeypatch.setattr(gpu_networks, "captured", lambda call: call)
+    monkeypatch.setattr(gpu_networks, "captured", captured)
     monkeypatch.setattr(gpu, "blocks", lambda network, quick: dict.fromkeys(SHAPES.values(), 1))
     monkeypatch.setattr(gpu, "measured_stages", lambda network, setting: STAGES)
     return measured
 
 
-def options(*arguments: str) -> argparse.Namespace:
-    small = "--batch", "2", "--resolution", "32", "--dtype", "float32"
-    found = gpu.parse(["--model", "mobilenet_v3_large", "--no-compile", *small, *arguments])
+def options(*arguments: str, model: str = "mobilenet_v3_large", batch: int = 2, side: int = 32) -> argparse.Namespace:
+    small = "--batch", str(batch), "--resolution", str(side), "--dtype", "float32"
+    found = gpu.parse(["--model", model, "--no-compile", *small, *arguments])
     found.device = torch.device("cpu")
     return found
 
@@ -119,9 +143,10 @@ def test_every_row(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["met"] for row in more[:6]] == [False] * 6
     assert not any(row["failed"] for row in found), [row["failed"] for row in found]
     for row in found:
-        assert {"triton", "cuda"} <= row["seconds"].keys()
+        assert {"triton", "cuda"} <= row["seconds"].keys() == row["errors"].keys()
+        assert 0 < max(row["errors"].values()) < 1e-4, "of float32 against float64"
     assert all(row["slower_than"] == [] for row in found if row["kind"] == "block")
-    text = gpu_text(found)
+    text = gpu_text(json.loads(json.dumps(found)))
     assert "V3-Large, forward" in text and "CUDA graph" in text
 
 
@@ -142,31 +167,56 @@ def test_what_fails_leaves_the_rest(made_up: list[str], monkeypatch: pytest.Monk
     assert "failed" in gpu_text(found)
 
 
-def test_ways(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planner's ways with its estimates. The kernels are not here: who would run is noted."""
+def ways_by(monkeypatch: pytest.MonkeyPatch, evaluate: Callable) -> list[list[dict]]:
+    """The rows of each shape's ways. The kernels are not here: ``evaluate`` is given the reference's result, the way,
+    and how many have run before it.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
     from mbn_kernels.backends.cuda import kernels, planner
 
-    ran = []
+    reference, ran = ReferenceKernels(), []
+
+    def _evaluate(self, x: Tensor, stages: tuple, params: list[dict], residual: Tensor | None, way) -> Tensor:
+        flat = [p for own in params for p in own.values()]
+        ran.append(way)
+        right = chain.forward(reference, x, chain.Chain("", stages), flat, residual is not None, False)[0]
+        return evaluate(right, way, len(ran) - 1)
+
     monkeypatch.setattr(planner, "_shared", lambda *args: 0)
-    monkeypatch.setattr(kernels.CudaKernels, "_evaluate", lambda self, *args: ran.append(args[-1]))
+    monkeypatch.setattr(kernels.CudaKernels, "_evaluate", _evaluate)
     monkeypatch.setitem(
         backends._LOADERS, "cuda", lambda: backends.Backend(kernels.CudaKernels(), None, lambda *a: None)
     )
     backends._backend.cache_clear()
     try:
-        found = [list(gpu_blocks.measure_ways("mobilenet_v3_large", shape, CPU)) for shape in SHAPES.values()]
+        return [list(gpu_blocks.measure_ways("mobilenet_v3_large", shape, CPU)) for shape in SHAPES.values()]
     finally:
         monkeypatch.undo()
         backends._backend.cache_clear()
+
+
+def test_ways(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner's ways with its estimates."""
+    ran = []
+
+    def evaluate(right: Tensor, way, before: int) -> Tensor:
+        ran.append(way)
+        return right
+
+    found = ways_by(monkeypatch, evaluate)
+    from mbn_kernels.backends.cuda import planner
+
     for rows, shape in zip(found, SHAPES.values(), strict=True):
         assert [row["first_choice"] for row in rows] == [True] + [False] * (len(rows) - 1)
         assert [row["estimate"] for row in rows] == sorted(row["estimate"] for row in rows)
         assert all(row["seconds"] == 1e-3 and not row["failed"] for row in rows)
+        assert all(0 < row["errors"]["cuda"] < 1e-2 for row in rows)
         assert {row["block"] for row in rows} == {label(shape)}
         assert sum((row["count"], row["gate_height"]) == (0, 0) for row in rows) == 1
     every = [row for rows in found for row in rows]
-    assert [planner.Way(*(row[name] for name in planner.Way._fields)) for row in every] == ran and len(ran) > 9
+    measured = ran[::2]  # each is checked, then timed
+    assert measured == ran[1::2] and len(measured) > 9
+    assert [planner.Way(*(row[name] for name in planner.Way._fields)) for row in every] == measured
 
 
 def test_names_of_ways() -> None:
@@ -181,6 +231,235 @@ def test_names_of_ways() -> None:
     assert described("v2", 1, 2, 8, 4) == "pointwise, depthwise+pointwise 8x4"
     assert described("v3") == "pointwise, depthwise, gate, pointwise"
     assert described("v3", 0, 2, 8, 4, 7, 2) == "pointwise+depthwise 8x4, gate+pointwise 7x2"
+
+
+# Who has no time ------------------------------------------------------------------------------------------------------
+
+
+class WrongForward(ReferenceKernels):
+    """Products are off by a tenth of another image's: batch norm would take a factor back."""
+
+    def pointwise_forward(self, u, weight, statistics):
+        y, _ = super().pointwise_forward(u, weight, False)
+        y = y + 0.1 * y.roll(1, 0)
+        return y, self.statistics(y) if statistics else None
+
+
+class WrongBackward(ReferenceKernels):
+    """Only the gradients of the products' weights are off, by a tenth."""
+
+    def pointwise_backward(self, *args):
+        du, sums, dweight = super().pointwise_backward(*args)
+        return du, sums, dweight if dweight is None else 1.1 * dweight
+
+
+class Breaks(ReferenceKernels):
+    def pointwise_forward(self, *args):
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+
+@pytest.fixture
+def with_kernels(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type], None]]:
+    """Has "triton" run kernels like these; "cuda" is right."""
+
+    def choose(kernels: type[ReferenceKernels]) -> None:
+        supports = backends._reference_supports
+        monkeypatch.setitem(backends._LOADERS, "wrong", lambda: backends.Backend(kernels(), None, supports))
+        monkeypatch.setitem(backends._SUPPORTS, "wrong", supports)
+        backends._backend.cache_clear()
+        take_part(monkeypatch, {"triton": "wrong", "cuda": BACKEND})
+
+    yield choose
+    monkeypatch.undo()
+    backends._backend.cache_clear()
+
+
+#: What of each kind of row the products play a part in: forward, and only backward.
+PRODUCTS = {
+    "operators": ({"evaluation", "forward", "backward"}, {"backward"}),
+    "layers": ({"evaluation", "forward", "backward"}, {"backward"}),
+    "networks": (
+        {"training step", "training step as a CUDA graph", "CUDA graph", "evaluation"},
+        {"training step", "training step as a CUDA graph"},
+    ),
+}
+
+
+def rows_of(kind: str) -> list[dict]:
+    """Those where "triton" computes products. A network is of maps and a batch that gradients can be told by."""
+    found = gpu.rows(options("--only", kind, model="mobilenet_v3_small", batch=4, side=64), 3e12)
+    return [row for row in found if not row.get("operator", "").startswith("depthwise")]
+
+
+@pytest.mark.parametrize("kernels", (WrongForward, WrongBackward))
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_who_is_wrong_has_no_time(with_kernels: Callable, kind: str, kernels: type) -> None:
+    with_kernels(kernels)
+    wrong, found = PRODUCTS[kind][kernels is WrongBackward], rows_of(kind)
+    seen = set()
+    for row in found:
+        direction = row.get("pass") or row["direction"]
+        seen.add(direction)
+        if direction not in wrong:
+            assert not row["failed"] and "triton" in row["seconds"], row
+            continue
+        assert row["failed"].keys() == {"triton"} and "triton" not in row["seconds"], row
+        sentence = row["failed"]["triton"].split(" ")
+        error, tolerance = float(sentence[3].rstrip(",")), float(sentence[4])
+        assert row["failed"]["triton"] == f"is off by {error:.1e}, {tolerance:.1e} are allowed"
+        assert row["errors"]["triton"] == pytest.approx(error, rel=0.05) and error > tolerance
+        assert "share" not in row or "triton" not in row["share"]
+        if kind != "operators":
+            assert {"eager", "cuda"} <= row["seconds"].keys() and row["errors"]["eager"] < tolerance
+        assert "triton failed: is off by" in gpu_tables.line(row)
+    assert seen == PRODUCTS[kind][0]
+    assert "failed" in gpu_text(found)
+
+
+def test_a_wrong_way_has_no_time(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first shape's ways the second is off by a fifth; another breaks; the rest is measured."""
+    calls = []
+
+    def evaluate(right: Tensor, way, before: int) -> Tensor:
+        calls.append(way)
+        if calls.index(way) != len(calls) - 1 or len(set(calls)) > 3:
+            return right
+        if len(set(calls)) == 3:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        return right * (1.2 if len(set(calls)) == 2 else 1)
+
+    rows = [row for rows in ways_by(monkeypatch, evaluate) for row in rows]
+    assert [row["seconds"] for row in rows] == [1e-3, None, None] + [1e-3] * (len(rows) - 3)
+    assert rows[1]["errors"]["cuda"] == pytest.approx(0.2, abs=0.01)
+    assert rows[1]["failed"].startswith("is off by 2.0e-01, ") and rows[1]["failed"].endswith(" are allowed")
+    assert rows[2]["failed"] == "OutOfMemoryError: out of memory" and not rows[2]["errors"]
+    assert not any(row["failed"] for row in rows[3:])
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_a_check_that_breaks(with_kernels: Callable, kind: str) -> None:
+    with_kernels(Breaks)
+    for row in rows_of(kind):
+        assert row["failed"] == {"triton": "OutOfMemoryError: out of memory"} and "triton" not in row["errors"]
+        assert kind == "operators" or row["seconds"].keys() >= {"eager", "cuda"}
+
+
+def test_what_is_wrong_before_something_breaks(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass has its own reason."""
+
+    def calls(contestant: Contestant, *args: object) -> Iterator[gpu_contestants.Timed]:
+        for name, call, given in block_calls(contestant, *args):
+            if contestant.name == "triton" and name == "forward":
+                raise RuntimeError("launch of [1] blocks")
+            wrong = contestant.name == "triton" and name == "evaluation"
+            yield name, (lambda call=call: 1.1 * call()) if wrong else call, given
+
+    block_calls = gpu_blocks.block_calls
+    monkeypatch.setattr(gpu_blocks, "block_calls", calls)
+    rows = {row["pass"]: row for row in gpu_blocks.measure_block("mobilenet_v2", SHAPES["v2"], 1, CPU, False)}
+    assert rows["evaluation"]["failed"]["triton"].startswith("is off by 1.0e-01, ")
+    for name in ("forward", "backward"):
+        assert rows[name]["failed"] == {"triton": "RuntimeError: launch of [1] blocks"}
+    assert all(row["seconds"].keys() == {"eager", "cuda"} for row in rows.values())
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_nothing_to_compare_with(made_up: list[str], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Nobody is right where float64 does not fit."""
+    build = gpu_contestants.build
+
+    def too_large(contestant: Contestant, *args: object) -> torch.nn.Module:
+        if contestant.exact:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        return build(contestant, *args)
+
+    for module in (gpu_blocks, gpu_networks, gpu_operators):
+        monkeypatch.setattr(module, "build", too_large)
+    found = list(gpu.rows(options("--only", kind, "--quick"), 3e12))
+    for row in found:
+        assert not row["seconds"] and not row["errors"] and {"triton", "cuda"} <= row["failed"].keys()
+        reason = "RuntimeError: nothing to compare with: OutOfMemoryError: out of memory"
+        assert set(row["failed"].values()) == {reason}
+    assert "failed" in gpu_text(found)
+
+
+def test_what_is_allowed() -> None:
+    """Four times eager's error and eight roundings; no more where eager overflows."""
+    eps = torch.finfo(torch.bfloat16).eps
+    found = gpu_checks.allowed([0.01, math.inf, math.nan], torch.bfloat16)
+    assert found == pytest.approx([0.04 + 8 * eps, 8 * eps, 8 * eps])
+    assert gpu_checks.allowed([0.01], torch.float32, kinks=True) == pytest.approx([0.041], rel=1e-4)
+    step = gpu_networks.network_cases(256)[0]
+    assert step.limits(torch.bfloat16, [1e-4, 0.1, 0.2]) == pytest.approx([0.02, 0.4 + 8 * eps, 0.801 + 8 * eps])
+    assert step.limits(torch.bfloat16, [0.01, 0.1, 0.2])[0] == pytest.approx(0.04)
+    assert step.limits(torch.bfloat16, [math.inf, 0.1, 0.2])[0] == 0.02
+
+
+def test_each_result_is_held_to_its_own() -> None:
+    """A small gradient is not lost beside a large one, and NaN is never right."""
+    exact = Exact([torch.full((4,), 100.0).double(), torch.ones(2).double()], [0.1, 0.1])
+    errors: dict[str, float] = {}
+    assert exact.sentence([torch.full((4,), 101.0), torch.ones(2)], "right", errors) is None
+    wrong = exact.sentence([torch.full((4,), 100.0), torch.tensor([0.0, 1.0])], "wrong", errors)
+    assert wrong == "is off by 7.1e-01, 1.0e-01 are allowed"
+    lost = exact.sentence([torch.full((4,), 100.0), torch.tensor([math.nan, 1.0])], "lost", errors)
+    assert lost == "is off by nan, 1.0e-01 are allowed"
+    assert errors == pytest.approx({"right": 0.01, "wrong": 0.5**0.5})  # JSON has no NaN
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_the_oracle_is_float64(dtype: torch.dtype) -> None:
+    """All of it, from the numbers as the others round them, without autocast and CUDA graphs."""
+    setting, small = CPU._replace(dtype=dtype), options()
+    small.dtype = dtype
+    calls = {
+        "block": partial(gpu_blocks.block_calls, shape=SHAPES["v3"], setting=setting),
+        "stage": partial(gpu_operators.stage_calls, shape=STAGES[1], setting=setting),
+    }
+    found = {name: list(gpu_checks.exact_passes(PASSES, made, setting).values()) for name, made in calls.items()}
+    for case in gpu_networks.network_cases(2):
+        results = case.prepare(EXACT, "mobilenet_v3_small", 2, small).results()
+        found[f"{case.direction} {case.batch}"] = [Exact(results, [])]
+    for name, passes in found.items():
+        assert {t.dtype for each in passes for t in each.results} == {torch.float64}, name
+    x, exact = (gpu_contestants.drawn(c, (2, 3, 4, 4), dtype, CPU.device) for c in (EAGER, EXACT))
+    assert x.dtype == dtype and exact.dtype == torch.float64 and torch.equal(x.double(), exact)
+    rounded, weights = (
+        gpu_contestants.build(c, partial(build_block, SHAPES["v3"]), CPU.device, dtype).state_dict()
+        for c in (EAGER, EXACT)
+    )
+    for name, t in rounded.items():
+        assert not t.is_floating_point() or (t.dtype == dtype and torch.equal(t.double(), weights[name])), name
+
+
+PASSES = ("evaluation", "forward", "backward")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_all_have_the_same_network_and_images(network: str) -> None:
+    """Without dropout, whatever was drawn before."""
+
+    def given(contestant: Contestant) -> tuple[dict, Tensor]:
+        torch.rand(1)
+        net = gpu_networks.network_of(contestant, network, small, torch.float32)
+        assert not any(module.p for module in net.modules() if isinstance(module, torch.nn.Dropout))
+        return net.state_dict(), gpu_networks.images(contestant, 2, small, torch.float32)
+
+    small = options()
+    weights, images = given(EAGER)
+    for contestant in (OURS, NCHW, EXACT):
+        others, same = given(contestant)
+        assert weights.keys() == others.keys() and torch.equal(images, same.float())
+        assert all(torch.equal(t.double(), others[name].double()) for name, t in weights.items())
+
+
+def test_a_step_that_was_captured_is_a_first_one(made_up: list[str]) -> None:
+    """Its network is set back to what it was before the calls that a graph takes."""
+    first, later = (
+        gpu_networks.network_training(EAGER, "mobilenet_v3_small", 2, options(), graph).results()
+        for graph in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, later, strict=True))
 
 
 # What is timed --------------------------------------------------------------------------------------------------------
@@ -300,6 +579,7 @@ def test_chosen_parts() -> None:
 
 # The tables -----------------------------------------------------------------------------------------------------------
 
+#: As older files are, without "errors".
 RESULT = {
     "system": {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "cuda_backend": "available [made up]"},
     "copy_bandwidth": 3000.0,
