@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import textwrap
 from itertools import cycle
 from pathlib import Path
@@ -34,14 +36,20 @@ def caption(result: dict) -> str:
     return "\n".join(textwrap.wrap(text, 120))
 
 
-def save(figure, result: dict, path: Path) -> None:
-    """As the suffix says; the same bytes for the same result."""
+def fingerprint(data: object) -> str:
+    """Of what a picture was drawn of; the picture's metadata have it as their source."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def save(figure, result: dict, path: Path, data: object = None) -> None:
+    """As the suffix says; the same bytes for the same result. ``data``: what was drawn, if not all of the result."""
     import matplotlib
 
     figure.supxlabel(caption(result), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Source": fingerprint(result if data is None else data)}
     with matplotlib.rc_context({"svg.hashsalt": "mbn_kernels"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, metadata=metadata | ({"Date": None} if path.suffix == ".svg" else {}))
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float] | None = None, **layout: object):

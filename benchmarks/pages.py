@@ -1,6 +1,5 @@
-"""Writes the tables of measured times into README.md and docs/benchmarks.md, from the results that are kept.
-
-python -m benchmarks.pages
+"""The tables and pictures of README.md and docs/, written from the results that are kept; `python -m benchmarks.report
+--pages` does it.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cpu_calls, cpu_scaling, cpu_training
+from . import cpu_calls, cpu_charts, cpu_scaling, cpu_training, ncu_table, report, report_data, report_tables
 from .cpu_runs import DASH, markdown, table
 from .implementations import TITLES
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "benchmarks.md")
 RESULTS = ROOT / "benchmarks" / "results"
 #: What a reader of a table need not know of a system; the files tell it.
 UNTOLD = ("device", "load_average", "threads", "cuda_backend", "l2_bytes")
@@ -25,7 +25,7 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Source(NamedTuple):
-    """What a place's table is made of, and what makes it of the results in these files of RESULTS."""
+    """What a place's table is made of, and what makes it of the results in these files."""
 
     files: tuple[str, ...]
     make: Callable[..., str]
@@ -82,27 +82,73 @@ def ratio(seconds: dict[str, float]) -> str:
     return f"{found:.2f}×" if found >= 1 else f"**{found:.2f}×**"
 
 
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def layers(*paths: Path) -> str:
+    """Of a report of blocks and stages what a page shows: the means, and the times of the blocks."""
+    result = report_data.read(list(paths))
+    return "\n\n".join([report_tables.header(result), report_tables.means(result), times(result)])
+
+
+def times(result: report_data.Result) -> str:
+    """Milliseconds of each block, and how many times as fast ours is as the fastest of stock."""
+    names = report_data.implementations(result.of("block"))
+    rows = [
+        [
+            f"{group.name}, {group.measured}",
+            *(f"{group.entries[n]['seconds'] * 1e3:.3f}" if n in group.entries else DASH for n in names),
+            report_tables.against(group, report_data.default_of(names)),
+        ]
+        for group in result.of("block")
+    ]
+    return markdown(["ms a call", *names, "ours against the fastest of stock"], rows)
+
+
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 CPU = "cpu-epyc-zen4"
-H100 = tuple(f"h100-80gb/{model}" for model in TITLES)
+GPU = "h100-80gb"
+H100 = tuple(f"{GPU}/{model}.json" for model in TITLES)
 TABLES: dict[str, Source] = {
-    "evaluation-float32": Source((f"{CPU}/evaluation-float32",), table),
-    "evaluation-bfloat16": Source((f"{CPU}/evaluation-bfloat16",), table),
-    "scaling": Source((f"{CPU}/scaling",), cpu_scaling.table),
-    "training": Source((f"{CPU}/training",), table),
-    "training-memory": Source((f"{CPU}/training",), cpu_training.memory_table),
-    "calls": Source((f"{CPU}/calls",), cpu_calls.table),
+    "evaluation-float32": Source((f"{CPU}/evaluation-float32.json",), table),
+    "evaluation-bfloat16": Source((f"{CPU}/evaluation-bfloat16.json",), table),
+    "scaling": Source((f"{CPU}/scaling.json",), cpu_scaling.table),
+    "training": Source((f"{CPU}/training.json",), table),
+    "training-memory": Source((f"{CPU}/training.json",), cpu_training.memory_table),
+    "calls": Source((f"{CPU}/calls.json",), cpu_calls.table),
     "h100-summary": Source(H100, gpu_summary),
     "h100": Source(H100, gpu_networks),
+}
+#: Reports of layers, whole in a folder of docs, in parts in a page: their files.
+LAYERS: dict[str, tuple[str, ...]] = {
+    f"layers-{CPU}": (f"{CPU}/layers.json",),
+    f"layers-{GPU}": (f"{GPU}/layers.json", f"{GPU}/layers-more.json"),
+}
+#: Summaries of Nsight Compute.
+PROFILES = {"ncu": f"{GPU}/ncu-mobilenet_v3_large-13.txt"}
+#: Charts of docs: the file that each is drawn of, and what draws it.
+CHARTS: dict[str, tuple[str, Callable[[dict, Path], None]]] = {
+    "evaluation-float32": (f"{CPU}/evaluation-float32.json", cpu_charts.bars),
+    "evaluation-bfloat16": (f"{CPU}/evaluation-bfloat16.json", cpu_charts.bars),
+    "training": (f"{CPU}/training.json", cpu_charts.bars),
+    "scaling": (f"{CPU}/scaling.json", cpu_charts.curves),
 }
 
 
 def made_of(name: str) -> str:
-    """A place's table, above what it was measured on."""
+    """What stands in a place: a table, and what it was measured on."""
+    if name in LAYERS:
+        return layers(*(RESULTS / file for file in LAYERS[name])) + "\n"
+    if name in PROFILES:
+        return ncu_table.table((RESULTS / PROFILES[name]).read_text(encoding="utf-8")) + "\n"
     source = TABLES[name]
-    results = [json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8")) for file in source.files]
+    results = [kept(file) for file in source.files]
     return f"{source.make(*results)}\n\n{systems(results)}\n"
+
+
+def kept(file: str) -> dict:
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))
 
 
 def systems(results: list[dict]) -> str:
@@ -124,10 +170,14 @@ def filled(text: str) -> str:
     return PLACE.sub(lambda found: f"{found[1]}{made_of(found[2])}{found[3]}", text)
 
 
-def main() -> None:
+def write() -> list[Path]:
+    """Writes everything; returns what was written."""
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    drawn = [DOCS / f"{name}.svg" for name in CHARTS]
+    for (file, draw), path in zip(CHARTS.values(), drawn, strict=True):
+        draw(kept(file), path)
+    for name, files in LAYERS.items():
+        (DOCS / name).mkdir(exist_ok=True)
+        report.write(report_data.read([RESULTS / file for file in files]), DOCS / name)
+    return [*PAGES, *drawn, *(DOCS / name / "report.md" for name in LAYERS)]

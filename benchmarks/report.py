@@ -2,6 +2,10 @@
 
 python -m benchmarks.report
 python -m benchmarks.report --read A.json B.json --output FOLDER
+python -m benchmarks.report --pages
+
+With --pages it writes the tables and pictures of README.md and docs/ anew, from the results that are kept
+(benchmarks/pages.py).
 """
 
 from __future__ import annotations
@@ -29,6 +33,11 @@ def parser_of() -> argparse.ArgumentParser:
         nargs="+",
         metavar="JSON",
         help="measure nothing: report what these files of pytest --benchmark-json hold, all of one machine",
+    )
+    parser.add_argument(
+        "--pages",
+        action="store_true",
+        help="measure nothing: write the tables and pictures of README.md and docs/ anew",
     )
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="default: %(default)s")
     return parser
@@ -64,7 +73,7 @@ def write(result: Result, folder: Path, failed: bool = False) -> None:
             if figure is None:
                 file.unlink(missing_ok=True)
             else:
-                save(figure, {"system": report_tables.system(result)}, file)
+                save(figure, {"system": report_tables.system(result)}, file, result.entries)
         lines.append(f"### {picture.title}")
         if figure is None:
             lines.append(f"Left out: the measurements lack {picture.needs}.")
@@ -76,11 +85,15 @@ def write(result: Result, folder: Path, failed: bool = False) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = parser_of()
     options = parser.parse_args(argv)
-    if options.read and (options.full or options.k is not None):
-        parser.error("--read measures nothing: leave out --full and -k")
+    if (options.read or options.pages) and (options.full or options.k is not None):
+        parser.error("--read and --pages measure nothing: leave out --full and -k")
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         parser.exit(2, f"{' and '.join(missing)} not installed: pip install -e '.[benchmark]'\n")
+    if options.pages:
+        from . import pages  # here, as it needs what was looked for
+
+        return print(*map(str, pages.write()), sep="\n")
     folder, status = options.output, 0
     measured = folder / "benchmark.json"
     try:

@@ -109,7 +109,7 @@ def memory(result: Result) -> str | None:
                 continue
             least = min(stock, key=stock.__getitem__)
             part = f"{ours / stock[least]:.2f}" if stock[least] else DASH
-            part += " <- more" if ours > stock[least] else ""
+            part += " <- more" if ours > 1.005 * stock[least] else ""
             sizes = [f"{stock[least] / 2**20:.1f}", least, f"{ours / 2**20:.1f}", part]
             rows.append([group.name, f"{group.measured}, {what}", *sizes])
     heads = ["MiB", "direction", "least of the stock", "whose", "ours", "ours as part of it"]

@@ -18,7 +18,6 @@ from benchmarks import (
     cpu_runs,
     cpu_scaling,
     cpu_training,
-    pages,
 )
 from benchmarks.cpu_contestants import Case, Contestant, Network
 
@@ -282,12 +281,3 @@ def test_speeds_and_parts_of_the_peak() -> None:
     assert (
         cpu_runs.share(rows[0], "fused", peaks) == pytest.approx(1) and cpu_runs.share(rows[1], "fused", peaks) is None
     )
-
-
-# Pages ----------------------------------------------------------------------------------------------------------------
-
-
-def test_pages_say_what_the_results_say() -> None:
-    texts = [page.read_text() for page in pages.PAGES]
-    assert [pages.filled(text) for text in texts] == texts
-    assert sorted(name for text in texts for _, name, _ in pages.PLACE.findall(text)) == sorted(pages.TABLES)

@@ -136,31 +136,3 @@ def test_commands_that_would_run(page_commands: Callable[[str], list[str]]) -> N
 
 def test_variables_that_nothing_documents() -> None:
     assert undocumented("`MBN_A=1`, MBN_A_B, `MBN_`", "MBN_A is documented") == {"MBN_A_B"}
-
-
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
-def test_tables_of_a_gpu() -> None:
-    pages = pytest.importorskip("benchmarks.pages", reason="rich is missing: pip install -e '.[test]'")
-    rows = [
-        {"model": "mobilenet_v1", "direction": "training step", "batch": 8, "seconds": {"eager": 0.03, "cuda": 0.06}},
-        {"model": "mobilenet_v1", "direction": "CUDA graph", "batch": 1, "seconds": {"eager": 0.004, "cuda": 0.002}},
-        {"model": "mobilenet_v2", "direction": "CUDA graph", "batch": 1, "seconds": {"eager-nchw": 1, "eager": 0.5}},
-    ]
-    results = [
-        {"system": {"gpu": "A GPU", "commit": "a", "load_average": 1}, "rows": rows[:2]},
-        {"system": {"gpu": "A GPU", "commit": "b", "load_average": 2}, "rows": rows[2:]},
-    ]
-    assert pages.gpu_networks(*results).splitlines()[2:] == [
-        "| V1, training step, batch 8 | – | 30.0 | – | 60.0 | **0.50×** |",
-        "| V1, evaluation as a CUDA graph, batch 1 | – | 4.00 | – | 2.00 | 2.00× |",
-        "| V2, evaluation as a CUDA graph, batch 1 | 1000.0 | 500.0 | – | – | – |",
-    ]
-    assert pages.gpu_summary(*results).splitlines() == [
-        "| ms by `cuda`, against eager, channels-last | V1 | V2 |",
-        "| --- | ---: | ---: |",
-        "| training step, batch 8 | 60.0, **0.50×** | – |",
-        "| evaluation as a CUDA graph, batch 1 | 2.00, 2.00× | – |",
-    ]
-    assert pages.systems(results) == "Measured with gpu A GPU, commit a (V1), commit b (V2)."

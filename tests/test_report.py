@@ -350,11 +350,13 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
 
 
 def test_options_that_do_not_go_together(tmp_path, capsys):
-    for more in (["--full"], ["-k", "v3"]):
-        with pytest.raises(SystemExit) as end:
-            report.main(["--read", str(tmp_path / "a.json"), *more])
-        assert end.value.code == 2
-        assert capsys.readouterr().err.endswith("error: --read measures nothing: leave out --full and -k\n")
+    for measures_nothing in (["--read", str(tmp_path / "a.json")], ["--pages"]):
+        for more in (["--full"], ["-k", "v3"]):
+            with pytest.raises(SystemExit) as end:
+                report.main([*measures_nothing, *more])
+            assert end.value.code == 2
+            sentence = "error: --read and --pages measure nothing: leave out --full and -k\n"
+            assert capsys.readouterr().err.endswith(sentence)
 
 
 def test_an_output_that_is_no_folder(tmp_path, capsys):
