@@ -20,7 +20,7 @@ help:
 	@echo "make test       build in $(VENV) and run the tests"
 	@echo "make test-cuda-build  build the CUDA kernels in $(VENV_CUDA) and look at the library; needs nvcc, no GPU"
 	@echo "make demo       train MobileNetV3-Small on handwritten digits, stock and fused, and draw demo.png"
-	@echo "make benchmark  time a quick subset of the shapes (BENCHMARK_ARGS=--benchmark-full for all, half an hour)"
+	@echo "make benchmark  time a quick subset of the shapes (BENCHMARK_ARGS=--benchmark-full for all, an hour)"
 	@echo "make lint       check style (make format to fix it)"
 	@echo "make clean      remove $(VENV), $(VENV_CUDA) and everything built"
 	@echo

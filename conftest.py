@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark-full",
         action="store_true",
-        help="as --benchmark, with every layer shape, and torch.compile of every network: half an hour",
+        help="as --benchmark, with every layer shape, and torch.compile of every network: an hour",
     )
     group.addoption("--runslow", action="store_true", help="run the tests marked slow too")
 

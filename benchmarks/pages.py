@@ -122,7 +122,7 @@ TABLES: dict[str, Source] = {
 }
 #: Reports of layers, whole in a folder of docs, in parts in a page: their files.
 LAYERS: dict[str, tuple[str, ...]] = {
-    f"layers-{CPU}": (f"{CPU}/layers.json",),
+    f"layers-{CPU}": (f"{CPU}/layers.json", f"{CPU}/layers-blocks.json", f"{CPU}/layers-stages.json"),
     f"layers-{GPU}": (f"{GPU}/layers.json", f"{GPU}/layers-more.json"),
 }
 #: Summaries of Nsight Compute.
