@@ -312,12 +312,14 @@ def test_the_driver_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [command[0] for command in asked] == ["nvidia-smi"]
 
 
-def test_single_times_are_kept_only_where_they_are_asked_for() -> None:
+def test_single_times_are_kept_only_where_they_are_asked_for_and_the_host_is_nobodys_business() -> None:
     for wanted in (False, True):
-        found = {"benchmarks": [{"stats": {"median": 1.0, "data": [1.0, 1.0]}}]}
+        stats = {"median": 1.0, "data": [1.0, 1.0]}
+        found = {"machine_info": {"node": "host", "machine": "x86_64"}, "benchmarks": [{"stats": stats}]}
         config = SimpleNamespace(option=SimpleNamespace(benchmark_save_data=wanted))
         conftest.pytest_benchmark_update_json(config, [], found)
         assert found["benchmarks"][0]["stats"].keys() == {"median"} | ({"data"} if wanted else set())
+        assert found["machine_info"] == {"machine": "x86_64"}
 
 
 # The table ------------------------------------------------------------------------------------------------------------
