@@ -23,7 +23,7 @@ from .timing import seconds, system_info
 
 MEDIANS = pytest.StashKey[dict[str, dict[str, float]]]()
 ORACLE = pytest.StashKey[tuple[str, Oracle]]()
-SECONDS_PER_CASE = 0.4
+SECONDS_PER_CASE = 0.3
 #: Of a GPU's time alone, measured behind the others.
 GPU_MILLISECONDS = 50
 PAUSE = 0.1  # lets the threads of the previous case stop spinning

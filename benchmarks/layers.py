@@ -18,7 +18,7 @@ NETWORK_DIRECTIONS = ("evaluation", "training")
 
 # One block a network, each of another kind: separable; relu6; 5x5 with squeeze-excite; hard-swish with both.
 QUICK_BLOCKS = {"mobilenet_v1": 6, "mobilenet_v2": 2, "mobilenet_v3_large": 4, "mobilenet_v3_small": 4}
-QUICK_NETWORKS = ("mobilenet_v3_large",)
+QUICK_NETWORKS = ("mobilenet_v3_small",)
 # Stages are those of one network, as their shapes are much the same in all; the quick ones are its fifth block's.
 STAGES_OF = "mobilenet_v3_large"
 QUICK_STAGES = (
