@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from .correct import Oracle, oracle
 from .counts import launches, peak_bytes, saved_bytes
 from .gpu_timing import median_seconds
 from .implementations import Implementation, Pass, Prepared, contestants, default_device, prepare
+from .report_data import default_of, geometric_mean, is_stock
 from .timing import seconds, system_info
 
 MEDIANS = pytest.StashKey[dict[str, dict[str, float]]]()
@@ -137,11 +137,6 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def ours(names: dict[str, float]) -> str | None:
-    """Which of these mbn_kernels runs where nothing is chosen: the last."""
-    return next((name for name in reversed(names) if name.startswith("fused-")), None)
-
-
 @pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     medians = config.stash.get(MEDIANS, {})
@@ -158,8 +153,8 @@ def compare(terminalreporter: pytest.TerminalReporter, medians: dict[str, dict[s
     """The table; nothing where no group has both stock and ours."""
     rows = []
     for group, by_name in medians.items():
-        stock = {name: took for name, took in by_name.items() if not name.startswith("fused-")}
-        name = ours(by_name)
+        stock = {name: took for name, took in by_name.items() if is_stock(name)}
+        name = default_of(by_name)
         if stock and name:
             best = min(stock, key=stock.__getitem__)
             rows.append((group, best, stock[best], by_name[name]))
@@ -174,5 +169,5 @@ def compare(terminalreporter: pytest.TerminalReporter, medians: dict[str, dict[s
             f"{group:<{width}}  {stock_time * 1e3:8.3f}  {fused_time * 1e3:8.3f}  {ratio:5.2f}x  {best}"
             + ("  <- slower" if ratio < 1 else "")
         )
-    mean = math.exp(sum(math.log(stock / fused) for _, _, stock, fused in rows) / len(rows))
+    mean = geometric_mean([stock / fused for _, _, stock, fused in rows])
     terminalreporter.line(f"{'geometric mean of ' + str(len(rows)):<{width}}  {'':>8}  {'':>8}  {mean:5.2f}x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,17 +31,26 @@ class Verdict(NamedTuple):
         return self.error <= self.tolerance  # not where it is NaN
 
 
+def factored(error: float) -> float:
+    """What eager's error allows; nothing where eager overflows."""
+    return FACTOR * error if math.isfinite(error) else 0.0
+
+
+def allowed(errors: Sequence[float], dtype: torch.dtype, *, kinks: bool = False) -> list[float]:
+    """For results of which eager PyTorch has these errors in the dtype; ``kinks`` for those that are gradients."""
+    least = ROUNDINGS * torch.finfo(dtype).eps + (KINKS if kinks else 0.0)
+    return [factored(error) + least for error in errors]
+
+
 class Oracle(NamedTuple):
-    """Results in float64 from the same rounded numbers, and the errors of eager PyTorch in the dtype itself."""
+    """Results in float64 from the same rounded numbers, and how far off each may be."""
 
     exact: list[Tensor]
-    errors: list[float]
-    least: float
+    allowed: list[float]
 
     def judge(self, prepared: Prepared) -> Verdict:
-        allowed = [FACTOR * e + self.least for e in self.errors]
-        found = [Verdict(e, t) for e, t in zip(relative_errors(prepared.results(), self.exact), allowed, strict=True)]
-        return max(found, key=excess)
+        errors = relative_errors(prepared.results(), self.exact)
+        return max((Verdict(e, t) for e, t in zip(errors, self.allowed, strict=True)), key=excess)
 
 
 def excess(verdict: Verdict) -> float:
@@ -52,10 +62,8 @@ def excess(verdict: Verdict) -> float:
 def oracle(given: Pass) -> Oracle:
     """What all implementations of a pass are compared with."""
     exact = prepare(EAGER, given, exact=True).results()
-    least = ROUNDINGS * torch.finfo(given.dtype).eps
-    if given.direction not in ("evaluation", "forward"):
-        least += KINKS
-    return Oracle(exact, relative_errors(prepare(EAGER, given).results(), exact), least)
+    errors = relative_errors(prepare(EAGER, given).results(), exact)
+    return Oracle(exact, allowed(errors, given.dtype, kinks=given.direction not in ("evaluation", "forward")))
 
 
 def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .correct import FACTOR, KINKS, ROUNDINGS, Verdict, relative_errors
+from .correct import Verdict, allowed, relative_errors
 from .gpu_contestants import EAGER, EXACT, Contestant, Timed, turn
 from .gpu_timing import Setting, in_one_line, median_seconds
 
@@ -49,17 +48,6 @@ class Exact(NamedTuple):
 def errors_of(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """The relative error of each, one after the other: each is there in float64 only while it is compared."""
     return [relative_errors([f], [x.to(f.device)])[0] for f, x in zip(found, exact, strict=True)]
-
-
-def factored(error: float) -> float:
-    """What eager's error allows; nothing where eager overflows."""
-    return FACTOR * error if math.isfinite(error) else 0.0
-
-
-def allowed(errors: Sequence[float], dtype: torch.dtype, *, kinks: bool = False) -> list[float]:
-    """For results of which eager PyTorch has these errors in the dtype; ``kinks`` for those that are gradients."""
-    least = ROUNDINGS * torch.finfo(dtype).eps + (KINKS if kinks else 0.0)
-    return [factored(error) + least for error in errors]
 
 
 def exact_of(names: Iterable[str], results: Results, limits: Limits) -> dict[str, Exact]:

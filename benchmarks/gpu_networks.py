@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mbn_kernels import models
 
-from .gpu_checks import Exact, allowed, exact_of, factored
+from .correct import allowed, factored
+from .gpu_checks import Exact, exact_of
 from .gpu_contestants import (
     COMPILE,
     EAGER,

@@ -42,7 +42,8 @@ STOCK = (
     Implementation("eager-channels-last", torch.channels_last),
     Implementation("compile", torch.channels_last, compiled=True),
 )
-IMPLEMENTATIONS = (*STOCK, Implementation("fused", torch.channels_last, fused=True))
+FUSED = Implementation("fused", torch.channels_last, fused=True)
+IMPLEMENTATIONS = (*STOCK, FUSED)
 
 
 def default_device() -> torch.device:

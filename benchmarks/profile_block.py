@@ -22,7 +22,7 @@ from mbn_kernels import available_backends, models, ranges, use_backend
 from mbn_kernels.models import build_block
 from mbn_kernels.models.tables import BlockShape, layer_shapes
 
-from .implementations import Call, default_device
+from .implementations import FUSED, Call, Pass, default_device, prepare
 from .layers import label
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,27 +69,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def call_of(shape: BlockShape, options: argparse.Namespace) -> Call:
     """A training step of the block, to the gradients of its input and parameters, or its evaluation."""
-    torch.manual_seed(0)
-    training, device, dtype = options.direction == "training", options.device, options.dtype
-    module = build_block(shape).to(device).train(training)
-    x = torch.randn(options.batch, shape.in_channels, shape.height, shape.width, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    if not training:
-        module = module.to(dtype)
-
-        def evaluate() -> None:
-            with torch.no_grad():
-                module(x)
-
-        return evaluate
-    leaves = [x.requires_grad_(), *module.parameters()]
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return module(x)
-
-    gradient = torch.randn_like(forward())
-    return lambda: torch.autograd.grad(forward(), leaves, gradient)
+    size = (options.batch, shape.in_channels, shape.height, shape.width)
+    direction = "backward" if options.direction == "training" else "evaluation"
+    given = Pass(direction, lambda fused: build_block(shape, fused=fused), size, options.device, options.dtype)
+    prepared = prepare(FUSED, given)
+    return lambda: prepared.call(*prepared.given())
 
 
 def synchronize(device: torch.device) -> None:

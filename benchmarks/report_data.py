@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .implementations import BACKENDS as BACKENDS_OF
 from .implementations import STOCK, TITLES
 
 #: The default of a device is the last one that it has.
-BACKENDS = ("fused-reference", "fused-cpu", "fused-triton", "fused-cuda")
+BACKENDS = ("fused-reference", *(f"fused-{name}" for names in BACKENDS_OF.values() for name in names))
 #: The directions of each kind, in the order of tables and pictures.
 DIRECTIONS = {
     "block": ("evaluation", "forward", "backward"),

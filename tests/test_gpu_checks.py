@@ -22,7 +22,7 @@ from test_gpu_benchmark import (
 )
 from torch import Tensor
 
-from benchmarks import gpu, gpu_blocks, gpu_checks, gpu_contestants, gpu_networks, gpu_operators, gpu_tables
+from benchmarks import correct, gpu, gpu_blocks, gpu_checks, gpu_contestants, gpu_networks, gpu_operators, gpu_tables
 from benchmarks.gpu_checks import Exact
 from benchmarks.gpu_contestants import EAGER, EXACT, NCHW, Contestant
 from mbn_kernels import backends
@@ -183,9 +183,9 @@ def test_nothing_to_compare_with(made_up: list[str], monkeypatch: pytest.MonkeyP
 def test_what_is_allowed() -> None:
     """Four times eager's error and eight roundings; no more where eager overflows."""
     eps = torch.finfo(torch.bfloat16).eps
-    found = gpu_checks.allowed([0.01, math.inf, math.nan], torch.bfloat16)
+    found = correct.allowed([0.01, math.inf, math.nan], torch.bfloat16)
     assert found == pytest.approx([0.04 + 8 * eps, 8 * eps, 8 * eps])
-    assert gpu_checks.allowed([0.01], torch.float32, kinks=True) == pytest.approx([0.041], rel=1e-4)
+    assert correct.allowed([0.01], torch.float32, kinks=True) == pytest.approx([0.041], rel=1e-4)
     step = gpu_networks.network_cases(256)[0]
     assert step.limits(torch.bfloat16, [1e-4, 0.1, 0.2]) == pytest.approx([0.02, 0.4 + 8 * eps, 0.801 + 8 * eps])
     assert step.limits(torch.bfloat16, [0.01, 0.1, 0.2])[0] == pytest.approx(0.04)
