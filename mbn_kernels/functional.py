@@ -47,13 +47,28 @@ def update_running(
     >>> running.mean, running.var
     (tensor([1., 2.]), tensor([2., 1.]))
     """
-    counts = [r.count for r in running if r.count is not None]
-    if counts:
-        torch._foreach_add_(counts, 1)
     batches = list(zip(running, statistics[::2], statistics[1::2], strict=True))
+    kept = [t for r in running for t in r[:2] if t is not None]
+    if len({id(t) for t in kept}) == len(kept):
+        updates = _updates(batches, values, shared)
+    else:
+        updates = _updates_in_turn(batches, values, shared)
+    # The loop is map's own: an interrupt, which Python takes between its instructions, comes before all or after all.
+    list(map(torch._foreach_copy_, *zip(*updates, strict=True)) if updates else ())
+
+
+Batch = tuple[Running, Tensor, Tensor]  # what to update, from that mean and unbiased variance
+Update = tuple[list[Tensor], list[Tensor]]  # tensors of one dtype, and what they become
+
+
+def _updates(batches: Sequence[Batch], values: int, shared: Sequence[bool]) -> list[Update]:
+    """Of running statistics that are all distinct; nothing is changed yet."""
+    counts = [r.count for r, _, _ in batches if r.count is not None]
+    updates = [(counts, torch._foreach_add(counts, 1))] if counts else []
     if not values:
-        _update_from_others([batch for batch, is_shared in zip(batches, shared, strict=False) if is_shared])
-        return
+        return updates + _updates_from_others(
+            [batch for batch, is_shared in zip(batches, shared, strict=False) if is_shared]
+        )
     groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by momentum: as few calls as there are momenta
     for r, mean, var in batches:
         if r.mean is None:
@@ -61,32 +76,44 @@ def update_running(
         into, batch = groups.setdefault(_momentum(r), ([], []))
         into += r.mean, r.var
         batch += mean, var
-    for momentum, (into, batch) in groups.items():
-        distinct = len({id(a) for a in into}) == len(into)  # one batch norm may stand in two stages
-        if distinct and all(a.dtype == b.dtype for a, b in zip(into, batch, strict=True)):
-            torch._foreach_mul_(into, 1 - momentum)
-            torch._foreach_add_(into, batch, alpha=momentum)
-        else:  # one after the other; where fewer digits are stored, rounded once, at the end
-            for a, b in zip(into, batch, strict=True):
-                a.copy_(_blended(a, b, momentum))
+    return updates + [(into, _blended(into, batch, momentum)) for momentum, (into, batch) in groups.items()]
 
 
-def _update_from_others(batches: Sequence[tuple[Running, Tensor, Tensor]]) -> None:
-    """Takes statistics of all processes in where this one has no values, so that they stay equal everywhere."""
+def _updates_in_turn(batches: Sequence[Batch], values: int, shared: Sequence[bool]) -> list[Update]:
+    """Where one batch norm stands in two stages: each is the update of what the one before makes of it."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # by a tensor's id: the tensor, and what it becomes
+    for i, (r, mean, var) in enumerate(batches):
+        before = r._replace(**{name: made[id(t)][1] for name, t in r._asdict().items() if id(t) in made})
+        names = {id(getattr(before, name)): getattr(r, name) for name in ("mean", "var", "count")}
+        for into, new in _updates([(before, mean, var)], values, shared[i : i + 1]):
+            made |= {id(names[id(a)]): (names[id(a)], b) for a, b in zip(into, new, strict=True)}
+    return [([t], [new]) for t, new in made.values()]
+
+
+def _updates_from_others(batches: Sequence[Batch]) -> list[Update]:
+    """Statistics of all processes, taken in where this one has no values, so that they stay equal everywhere."""
+    updates = []
     for r, mean, var in batches:
         if r.mean is None:
             continue
         nobody = mean.isnan() & (var == 0)  # what synchronize.Merged says where no process has values
-        for a, b in ((r.mean, mean), (r.var, var)):
-            a.copy_(torch.where(nobody, a, _blended(a, b, _momentum(r))))
+        into = [r.mean, r.var]
+        new = _blended(into, [mean, var], _momentum(r))
+        updates.append((into, [torch.where(nobody, a, b) for a, b in zip(into, new, strict=True)]))
+    return updates
 
 
 def _momentum(r: Running) -> float:
-    return 1.0 / float(r.count) if r.momentum is None else r.momentum
+    return 1.0 / (float(r.count) + 1) if r.momentum is None else r.momentum
 
 
-def _blended(a: Tensor, b: Tensor, momentum: float) -> Tensor:
-    return (a.to(b.dtype) * (1 - momentum)).add_(b, alpha=momentum)
+def _blended(into: list[Tensor], batch: list[Tensor], momentum: float) -> list[Tensor]:
+    if any(a.dtype != b.dtype for a, b in zip(into, batch, strict=True)):
+        # Where fewer digits are stored, rounded once, at the end.
+        into = [a.to(b.dtype) for a, b in zip(into, batch, strict=True)]
+    new = torch._foreach_mul(into, 1 - momentum)
+    torch._foreach_add_(new, batch, alpha=momentum)
+    return list(new)
 
 
 def run_chain(
@@ -152,7 +179,7 @@ def run_linked(x: Tensor, chains: Sequence[tuple[str, Sequence[Tensor], Sequence
     return x
 
 
-@torch.compiler.assume_constant_result
+@backends.constant_when_compiled
 def _shared(spec: str) -> tuple[bool, ...]:
     """Of each stage with batch statistics, whether they are those of a process group."""
     return tuple(stage.group is not None for stage in parse(spec).stages if stage.norm == "batch")

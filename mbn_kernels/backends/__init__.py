@@ -45,6 +45,16 @@ _LOADERS: dict[str, Callable[[], Backend]] = {
     "triton": lambda: Backend(*triton.load(), triton.supports),
     "cuda": lambda: Backend(*cuda.load(), cuda.supports),
 }
+
+
+def constant_when_compiled(f: Callable) -> Callable:
+    """Marks a function whose result a graph may hold as a constant, as ``torch.compiler.assume_constant_result`` does,
+    which imports all of torch.compile, a second's work, to set this one attribute.
+    """
+    f._dynamo_marked_constant = True
+    return f
+
+
 _CPU = torch.device("cpu")  # compared in a tenth of the time that a device takes to say its type
 #: For tensors on a GPU, the first that can.
 _ON_GPU = ("cuda", "triton")
@@ -119,7 +129,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     return "cpu" if device == _CPU or device.type == "cpu" else _choose_on_gpu(device, dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace how a backend is loaded
+@constant_when_compiled  # torch.compile cannot trace how a backend is loaded
 def _choose_on_gpu(device: torch.device, dtype: torch.dtype) -> str:
     for name in _ON_GPU:
         found = _backend(name)
