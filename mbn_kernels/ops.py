@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, chain, ranges
@@ -27,6 +28,19 @@ library.define(
 AUTOCAST_DEVICES = ("cpu", "cuda")
 # Overloads, not packets: finding the overload again costs microseconds a call.
 CHAIN, _CHAIN_BACKWARD = torch.ops.mbn.chain.default, torch.ops.mbn.chain_backward.default
+
+
+def is_watched(t: Tensor) -> bool:
+    """Whether a graph is traced, or a torch.func transform, dispatch mode or tensor subclass wants to see each operator
+    on ``t``.
+    """
+    return (
+        type(t) not in (Tensor, Parameter)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _channels_last(t: Tensor) -> Tensor:

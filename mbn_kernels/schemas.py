@@ -63,6 +63,8 @@ library = torch.library.Library("mbn", "DEF")
 for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
     library.define(f"{_name}({_arguments}) -> ()")
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
+# running, batch: mean and variance in turn; counts: of batches, each grows by 1
+library.define("update_running(Tensor(a!)[] running, Tensor[] batch, float[] momenta, Tensor(b!)[] counts) -> ()")
 library.define("evaluate_size(Tensor[] params, Tensor stages) -> int")
 # numbers: eps; where there are no params widths, and what is packed is all that is looked at
 library.define("evaluate_hold(Tensor[] params, Tensor stages, Tensor numbers, Tensor blocks, Tensor packed) -> int")

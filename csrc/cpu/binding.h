@@ -18,6 +18,9 @@ constexpr ScalarType kDtype<double> = ScalarType::Double;
 template <>
 constexpr ScalarType kDtype<bf16> = ScalarType::BFloat16;
 
+template <>
+constexpr ScalarType kDtype<int64_t> = ScalarType::Long;
+
 // Activations [N, C, H, W] of storage type S, dense channels-last.
 template <class S>
 const S* activations(const char* op, const char* name, const Tensor& t, const Shape& shape) {

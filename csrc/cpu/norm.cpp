@@ -1,6 +1,7 @@
-// torch.ops.mbn.norm_forward and norm_backward on CPU tensors: the per-channel numbers of batch norm. They are small, so that what counts is that
-// each is one call.
+// torch.ops.mbn.norm_forward, norm_backward and update_running on CPU tensors: the per-channel numbers of batch norm. They are small, so that what
+// counts is that each is one call.
 #include <cmath>
+#include <vector>
 
 #include "binding.h"
 
@@ -74,10 +75,35 @@ void norm_backward(const Tensor& sums, const OptionalTensor& gate, const Optiona
   });
 }
 
+// Everything is checked before anything is changed, and nothing can fail in between: the statistics are those before the batch or those after it.
+void update_running(std::vector<Tensor> running, std::vector<Tensor> batch, std::vector<double> momenta, std::vector<Tensor> counts) {
+  constexpr const char* op = "update_running";
+  MBN_CHECK(running.size() == batch.size() && running.size() == 2 * momenta.size(), op,
+            ": running: expected a mean and a variance for each momentum and as many of the batch, got ", running.size(), ", ", momenta.size(), " and ",
+            batch.size());
+  for (const Tensor& count : counts) dense_out<int64_t>(op, "counts", count, 1);
+  if (!running.empty()) {
+    by_accumulate_dtype(op, "running", running[0], [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      for (size_t i = 0; i < running.size(); ++i) {
+        dense_out<T>(op, "running", running[i], running[i - i % 2].numel());
+        dense<T>(op, "batch", batch[i], running[i].numel());
+      }
+      for (size_t i = 0; i < running.size(); ++i) {
+        T* to = static_cast<T*>(running[i].mutable_data_ptr());
+        const T *from = static_cast<const T*>(batch[i].const_data_ptr()), momentum = T(momenta[i / 2]), rest = T(1 - momenta[i / 2]);
+        for (int64_t c = 0, channels = running[i].numel(); c < channels; ++c) to[c] = rest * to[c] + momentum * from[c];
+      }
+    });
+  }
+  for (const Tensor& count : counts) ++*static_cast<int64_t*>(count.mutable_data_ptr());
+}
+
 }  // namespace
 }  // namespace mbn
 
 STABLE_TORCH_LIBRARY_IMPL(mbn, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&mbn::norm_forward));
   m.impl("norm_backward", TORCH_BOX(&mbn::norm_backward));
+  m.impl("update_running", TORCH_BOX(&mbn::update_running));
 }

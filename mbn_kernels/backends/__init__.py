@@ -78,12 +78,17 @@ def available_backends() -> dict[str, str]:
     return {name: _backend(name).missing or "available" for name in _LOADERS}
 
 
+def is_available(name: str) -> bool:
+    """Whether the backend can be used here."""
+    return _backend(name).missing is None
+
+
 def empty_cache() -> None:
     """Gives memory back that the CPU kernels keep for later calls: that of former activations, and packed weights.
 
     >>> mbn_kernels.empty_cache()
     """
-    if _backend("cpu").missing is None:
+    if is_available("cpu"):
         cpu.empty_cache()
 
 

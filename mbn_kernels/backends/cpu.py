@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import ranges, schemas  # noqa: F401  (the library implements these schemas)
 from ..activations import ACTIVATIONS
@@ -58,6 +59,23 @@ def empty_cache() -> None:
     _packed_chains.clear()
     Prepared.generation += 1
     _ops.cpu_empty_cache()
+
+
+def updates_running(running: Sequence[Tensor], batch: Sequence[Tensor], counts: Sequence[Tensor]) -> bool:
+    """Whether :func:`update_running` takes tensors that nothing watches."""
+    dtype = running[0].dtype if running else torch.float32
+    return dtype in (torch.float32, torch.float64) and not (
+        False in [t.is_cpu and t.dtype is dtype and t.is_contiguous() for t in (*running, *batch)]
+        or False in [t.is_cpu and t.dtype is torch.int64 for t in counts]
+    )
+
+
+def update_running(
+    running: Sequence[Tensor], batch: Sequence[Tensor], momenta: Sequence[float], counts: Sequence[Tensor]
+) -> None:
+    """Means and variances take the batch's in, and counts grow by 1: all of it, or nothing where it is interrupted."""
+    increment_version([*running, *counts])  # beforehand: an interrupt in between then costs no more than a packing
+    _ops.update_running(running, batch, momenta, counts)
 
 
 def buffer(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
