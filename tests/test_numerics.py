@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import stock
@@ -288,16 +289,27 @@ def everything(block: FusedInvResBlock, x: Tensor) -> list[Tensor]:
         return [t.detach() for t in [*found, block(x)]]
 
 
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("signature, shape", SAME, ids=("v3-large-1", "gate", "odd", "v3-large-14"))
 @BY_DTYPE
 def test_same_bits(backend: str, signature: tuple, shape: tuple, dtype: torch.dtype) -> None:
-    """Run after run, and with any number of threads in the compiled backend."""
+    """Run after run, with any number of threads in the compiled backend, and where PyTorch shall be deterministic."""
     block, x = FusedInvResBlock(*signature).to(dtype), torch.randn(shape).to(dtype)
     expected = everything(block, x)
-    for threads in (1, 2, 3) if backend == "cpu" else (torch.get_num_threads(),) * 2:
-        torch.set_num_threads(threads)
-        for t, e in zip(everything(block, x), expected, strict=True):
-            assert torch.equal(t, e)
+    threads = (1, 2, 3) if backend == "cpu" else (torch.get_num_threads(),)
+    for count, deterministic in (*((t, False) for t in threads), (threads[-1], True)):
+        torch.set_num_threads(count)
+        with deterministic_algorithms(deterministic):
+            found = everything(block, x)
+        assert all(torch.equal(t, e) for t, e in zip(found, expected, strict=True))
 
 
 def test_an_image_is_the_same_in_any_batch(backend: str) -> None:
