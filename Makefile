@@ -9,16 +9,18 @@ TORCH ?= torch>=2.11
 # A test that hangs ends with the stacks of all its threads instead of holding up the rest.
 TEST_ARGS ?= -n 2 --timeout 900
 BENCHMARK_ARGS ?=
+SANITIZE_ARGS ?= -n 2 --timeout 3600
 
 bin := $(VENV)/bin
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help test test-cuda-build demo benchmark lint format clean
+.PHONY: help test test-cuda-build sanitize demo benchmark lint format clean
 .SECONDARY:
 
 help:
 	@echo "make test       build in $(VENV) and run the tests"
 	@echo "make test-cuda-build  build the CUDA kernels in $(VENV_CUDA) and look at the library; needs nvcc, no GPU"
+	@echo "make sanitize   run the tests with CPU kernels that have every access and overflow checked; an hour"
 	@echo "make demo       train MobileNetV3-Small on handwritten digits, stock and fused, and draw demo.png"
 	@echo "make benchmark  time a quick subset of the shapes (BENCHMARK_ARGS=--benchmark-full for all, an hour)"
 	@echo "make lint       check style (make format to fix it)"
@@ -36,6 +38,9 @@ test-cuda-build: $(VENV_CUDA)/.torch
 	rm -rf build/torch-*/lib.*
 	MBN_BUILD_CPU=0 MBN_BUILD_CUDA=1 $(VENV_CUDA)/bin/python -m pip install --no-deps .
 	cd $(VENV_CUDA) && bin/python -W ignore $(CURDIR)/tests/check_cuda_build.py
+
+sanitize: $(VENV)/.installed-test
+	$(bin)/python tests/run_sanitized.py $(SANITIZE_ARGS)
 
 demo: $(VENV)/.installed-demo
 	$(bin)/python examples/demo.py --output demo.png

@@ -2,7 +2,7 @@
 
 Both are built against the torch of the environment that they are installed into. MBN_BUILD_CUDA=1 makes it an error
 that the CUDA kernels cannot be built, MBN_BUILD_CUDA=0 leaves them out; TORCH_CUDA_ARCH_LIST chooses their GPUs.
-MBN_BUILD_CPU=0 leaves the CPU kernels out.
+MBN_BUILD_CPU=0 leaves the CPU kernels out. MBN_SANITIZE=1 compiles the CPU kernels with sanitizers (`make sanitize`).
 """
 
 import glob
@@ -19,6 +19,9 @@ from setuptools import setup
 MIN_TORCH = (2, 11)
 PYTHON_TARGET = "0x030A0000"  # oldest CPython the library runs on: 3.10
 TORCH_TARGET = "0x020b000000000000"  # oldest libtorch the library runs on: 2.11
+# The first error ends the process. Python's own flags may say -fwrapv, with which no overflow is an error.
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+CHECKED = ["-O1", "-g1", "-fno-wrapv", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", *SANITIZERS]
 GPUS = ("8.0", "9.0", "10.0")  # compute capabilities to build for; newer GPUs compile the last one's PTX
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -125,9 +128,10 @@ def extension(make, name, folder, *macros):
         include_dirs=[os.path.join(ROOT, "csrc"), os.path.join(ROOT, folder)],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), *macros],
         extra_compile_args={
-            "cxx": ["-O3", "-g0", *hidden],
+            "cxx": [*(CHECKED if SANITIZE else ("-O3", "-g0")), *hidden],
             "nvcc": ["-O3", *(f"-Xcompiler={flag}" for flag in hidden)],
         },
+        extra_link_args=SANITIZERS if SANITIZE else [],
         py_limited_api=True,
     )
 
@@ -186,9 +190,10 @@ class BuildExtension(cpp_extension.BuildExtension):
         return None
 
 
+SANITIZE = os.environ.get("MBN_SANITIZE") == "1"
 NO_CUDA = why_no_cuda()
 NO_CPU = os.environ.get("MBN_BUILD_CPU") == "0"
-BUILD = os.path.join("build", f"torch-{torch.__version__}")  # what another torch needs is kept apart
+BUILD = os.path.join("build", f"torch-{torch.__version__}{'-sanitize' if SANITIZE else ''}")  # each kept apart
 
 setup(
     ext_modules=extensions(),

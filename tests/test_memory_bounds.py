@@ -28,7 +28,7 @@ NOT_CALLED = {"evaluate_held"}  # another way to call the kernel of evaluate
 def run_cases(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of their own, which a fault ends: then the last line that it wrote names the case."""
     environment = {**os.environ, "MBN_CPU_ISA": instruction_set, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), *sys.path])
     command = [sys.executable, str(TESTS / "guarded.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
     if "this processor does not run" in done.stderr:

@@ -21,6 +21,7 @@
 #endif
 
 #include "check.h"
+#include "poison.h"
 
 namespace mbn {
 namespace {
@@ -42,6 +43,7 @@ class Buffers {
     if (data == nullptr && grow(size)) data = reuse(size);
     MBN_CHECK(data != nullptr, "cpu_buffer: size: expected at most the free memory, got ", bytes, " bytes");
     sizes_[data] = size;
+    allow(data, bytes);
     return data;
   }
 
@@ -49,6 +51,7 @@ class Buffers {
     const std::lock_guard<std::mutex> lock(mutex_);
     char* data = static_cast<char*>(from);
     const auto taken = sizes_.find(data);
+    forbid(data, taken->second);
     const auto next = free_.upper_bound(data), own = free_.emplace_hint(next, data, Free{taken->second, taken->second});
     sizes_.erase(taken);
     if (next != free_.end()) join(own, next);
@@ -110,6 +113,7 @@ class Buffers {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     madvise(data, chunk, MADV_HUGEPAGE);  // advice: a failure changes nothing
 #endif
+    forbid(data, chunk);
     chunks_[static_cast<char*>(data)] = chunk;
     free_[static_cast<char*>(data)] = {chunk, 0};
     return true;

@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "poison.h"
+
 namespace mbn {
 namespace {
 
@@ -20,6 +22,11 @@ struct Free {
 struct Block {
   std::unique_ptr<void, Free> memory;
   size_t size, used;
+  char* data() const { return static_cast<char*>(memory.get()); }
+  void cut(size_t to) {  // what was taken behind it is free again
+    forbid(data() + to, used - to);
+    used = to;
+  }
 };
 struct Arena {
   std::vector<Block> blocks;
@@ -43,22 +50,23 @@ Scratch::Scratch()
     : mark_block_(arena.current), mark_used_(arena.blocks.empty() ? 0 : arena.blocks[arena.current].used) {}
 
 Scratch::~Scratch() {
-  for (size_t i = mark_block_ + 1; i < arena.blocks.size(); ++i) arena.blocks[i].used = 0;
-  if (!arena.blocks.empty()) arena.blocks[mark_block_].used = mark_used_;
+  for (size_t i = mark_block_ + 1; i < arena.blocks.size(); ++i) arena.blocks[i].cut(0);
+  if (!arena.blocks.empty()) arena.blocks[mark_block_].cut(mark_used_);
   arena.current = mark_block_;
 }
 
-void* Scratch::bytes(size_t count) {
-  count = (count + kAlign - 1) / kAlign * kAlign;
+void* Scratch::bytes(size_t wanted) {
+  const size_t count = (wanted + kFence + kAlign - 1) / kAlign * kAlign;
   while (arena.current < arena.blocks.size()) {
     Block& block = arena.blocks[arena.current];
     if (block.used + count <= block.size) {
-      void* p = static_cast<char*>(block.memory.get()) + block.used;
+      void* p = block.data() + block.used;
       block.used += count;
+      allow(p, wanted);
       return p;
     }
     if (arena.current + 1 == arena.blocks.size()) break;
-    arena.blocks[++arena.current].used = 0;
+    arena.blocks[++arena.current].cut(0);
   }
   const size_t size = (count + kHugePage - 1) / kHugePage * kHugePage;
   void* p = std::aligned_alloc(kHugePage, size);
@@ -66,6 +74,7 @@ void* Scratch::bytes(size_t count) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   madvise(p, size, MADV_HUGEPAGE);  // advice: a failure changes nothing
 #endif
+  forbid(static_cast<char*>(p) + wanted, size - wanted);
   arena.blocks.push_back({std::unique_ptr<void, Free>(p), size, count});
   arena.current = arena.blocks.size() - 1;
   return p;
