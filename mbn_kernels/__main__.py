@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import mbn_kernels
 from mbn_kernels import backends
+from mbn_kernels.backends.triton import cache
 
 Facts = dict[str, object]
 
@@ -179,23 +180,15 @@ def _library(path: Path) -> Facts | None:
 
 
 def _cache() -> Facts:
-    """Where tuned tile sizes are kept (backends/triton/tuning.py), and how many of them."""
-    folder = Path(os.environ.get("MBN_CACHE_DIR") or Path.home() / ".cache" / "mbn_kernels").absolute()
+    """Where tuned tile sizes are kept, and how many of them."""
+    folder = cache.folder().absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     return {
         "folder": str(folder),
         "exists": folder.is_dir(),
         "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        "entries": sum(map(_entries, folder.glob("triton-*.json"))),
+        "entries": sum(len(cache.read(file)) for file in folder.glob("triton-*.json")),
     }
-
-
-def _entries(file: Path) -> int:
-    """A damaged file has none, as for who reads the choices."""
-    try:
-        return len(dict(json.loads(file.read_text())))
-    except (OSError, ValueError, TypeError):
-        return 0
 
 
 # The machine ----------------------------------------------------------------------------------------------------------

@@ -220,8 +220,9 @@ def test_environment_is_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MBN_CACHE_DIR", str(tmp_path))
-    (tmp_path / "triton-a.json").write_text('{"x": {}, "y": {}}')
-    (tmp_path / "triton-b.json").write_text('{"z": {}}')
+    entry = '{"blocks": {}, "warps": 1, "stages": 1, "strip": 0}'
+    (tmp_path / "triton-a.json").write_text(f'{{"x": {entry}, "y": {entry}}}')
+    (tmp_path / "triton-b.json").write_text(f'{{"z": {entry}}}')
     (tmp_path / "triton-c.json").write_text("damaged")
     (tmp_path / "triton-d.json").write_text("3")
     (tmp_path / "triton-a.lock").write_text("")

@@ -5,10 +5,9 @@ are invented, so no GPU is needed.
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import multiprocessing
-import tempfile
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,6 +240,10 @@ DAMAGED = {
     "entries that are lists": json.dumps({str(KEY): [1, 2]}),
     "a tile of other constants": entry(FAST._replace(blocks={"COLUMNS": 8})),
     "a tile that is no candidate": entry(FAST._replace(warps=16)),
+    "a tile of absurd size": entry(FAST._replace(blocks={"ROWS": 1 << 30, "ONE_BLOCK": True})),
+    "three warps": entry(FAST._replace(warps=3)),
+    "less than no warp": entry(FAST._replace(warps=-1)),
+    "a fraction that is equal": entry(FAST._replace(warps=float(FAST.warps))),
 }
 
 
@@ -254,6 +257,14 @@ def test_a_damaged_file_is_replaced(measured: list[int], tmp_path: Path, content
     assert len(measured) == 2 * len(CANDIDATES)
     assert tuning.read(file) == {str(KEY): FAST}
     assert files(tmp_path) == [file.name]
+
+
+def test_a_constant_keeps_its_type(measured: list[int]) -> None:
+    """Triton compiles other code for 1 than for True, which are equal."""
+    kept = SLOW._replace(blocks={"ROWS": 64, "ONE_BLOCK": 1})
+    tuning.write(tuning.cache_file("NVIDIA H100 80GB HBM3"), str(KEY), kept)
+    assert best() == SLOW and best().blocks["ONE_BLOCK"] is True
+    assert not measured
 
 
 def test_gpus_and_versions_have_files_of_their_own(
@@ -319,12 +330,10 @@ def no_home(patch: pytest.MonkeyPatch, cache: Path) -> None:
 
 
 def full_disk(patch: pytest.MonkeyPatch, cache: Path) -> None:
-    names = itertools.count()
+    def replace(new: Path, file: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(new))
 
-    def temporary(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(cache / f"tmp{next(names)}.json"))
-
-    patch.setattr(tempfile, "NamedTemporaryFile", temporary)
+    patch.setattr(os, "replace", replace)
 
 
 @pytest.mark.parametrize("spoil", (file_for_a_directory, no_home, full_disk), ids=lambda f: f.__name__)

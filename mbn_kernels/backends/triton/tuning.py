@@ -2,17 +2,14 @@
 
 With ``MBN_TRITON_TUNE=1`` the first call of a kernel on new shapes times every candidate of :mod:`config` and keeps the
 fastest in a file, one for each GPU name and version of this package and of Triton, in ``MBN_CACHE_DIR`` (default:
-``~/.cache/mbn_kernels``). Without it, what the file has is used, and nothing is measured. Several processes may read
-and write the file at once. While a CUDA graph is captured nothing is measured.
+``~/.cache/mbn_kernels``; :mod:`cache` reads and writes it). Without it, what the file has is used, and nothing is
+measured. While a CUDA graph is captured nothing is measured.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -22,6 +19,7 @@ from typing import TypeVar
 import torch
 import triton
 
+from . import cache
 from .config import Config
 from .device import INTERPRETED
 
@@ -39,33 +37,18 @@ def cache_file(gpu: str) -> Path:
     """Where the choices for a GPU of that name are kept."""
     from ... import __version__
 
-    root = Path(os.environ.get("MBN_CACHE_DIR") or Path.home() / ".cache" / "mbn_kernels")
     name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
-    return root / f"triton-{name}-{__version__}-triton-{triton.__version__}.json"
+    return cache.folder() / f"triton-{name}-{__version__}-triton-{triton.__version__}.json"
 
 
 def read(file: Path) -> dict[str, Config]:
-    """The choices in a file; one that is missing or damaged has none, as they can be measured again."""
-    try:
-        found = json.loads(file.read_text())
-        return {key: Config(c["blocks"], c["warps"], c["stages"], c["strip"]) for key, c in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    """The choices in a file, by key."""
+    return {key: Config(**entry) for key, entry in cache.read(file).items()}
 
 
 def write(file: Path, key: str, chosen: Config) -> None:
-    """Adds a choice to the file: no other process's is lost, and no reader sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        choices = {**read(file), key: chosen}
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
-            try:
-                json.dump({k: c._asdict() for k, c in sorted(choices.items())}, new, indent=1)
-            except BaseException:
-                os.unlink(new.name)
-                raise
-        os.replace(new.name, file)
+    """Adds a choice to the file."""
+    cache.write(file, key, chosen._asdict())
 
 
 @lru_cache
@@ -131,9 +114,8 @@ def best(
 
 def _choose(key: tuple, candidates: Sequence[Config], gpu: str, plan: Callable, run: Callable) -> Config:
     known, text = _choices(gpu), str(key)
-    chosen = known.get(text)
-    if chosen in candidates:
-        return chosen
+    if known.get(text) in candidates:  # whatever the file says, nothing else runs
+        return candidates[candidates.index(known[text])]  # where true stood for 1, it stands no longer
     if not enabled() or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     times = {i: seconds(partial(run, plan(c))) for i, c in enumerate(candidates)}
