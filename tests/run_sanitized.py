@@ -30,6 +30,18 @@ LEFT_OUT = {
     "start pytest's benchmarks, where only times are new": ("benchmark_option",),
 }
 
+#: A tensor whose memory ends 16 bytes before it does, which no operator can see.
+TOO_SHORT = """
+import torch
+from mbn_kernels.backends import cpu
+x = torch.zeros(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+out = torch.empty_like(x)
+x.untyped_storage().resize_(x.untyped_storage().nbytes() - 16)
+cpu.load()
+torch.ops.mbn.materialize(x, None, None, None, 0, None, out)
+"""
+EXIT_CODE = 99
+
 
 def copy_checkout() -> None:
     """Files keep their times, so that only what has changed is compiled again."""
@@ -60,7 +72,7 @@ def sanitizer_options() -> dict[str, str]:
         "detect_leaks": 0,  # Python and PyTorch keep much of what they have until the process ends
         "detect_stack_use_after_return": 1,
         "allocator_may_return_null": 1,  # tests ask for more memory than there is, and want the error
-        "exitcode": 99,
+        "exitcode": EXIT_CODE,
         "log_path": REPORTS / "report",
     }
     ubsan = {"print_stacktrace": 1, "log_path": REPORTS / "report"}
@@ -68,17 +80,24 @@ def sanitizer_options() -> dict[str, str]:
     return dict(zip(("ASAN_OPTIONS", "UBSAN_OPTIONS"), options, strict=True))
 
 
+def make_reports_folder() -> None:
+    shutil.rmtree(REPORTS, ignore_errors=True)
+    REPORTS.mkdir(parents=True)
+
+
 def main(arguments: list[str]) -> int:
     libraries = runtime_libraries()
     copy_checkout()
     build = {**os.environ, "MBN_SANITIZE": "1", "MBN_BUILD_CUDA": "0"}
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=COPY, env=build, check=True)
-
-    shutil.rmtree(REPORTS, ignore_errors=True)
-    REPORTS.mkdir(parents=True)
     # Processes that tests start elsewhere find this package and not the installed one.
     environment = {**os.environ, **sanitizer_options(), "LD_PRELOAD": libraries, "PYTHONPATH": str(COPY)}
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    make_reports_folder()
+    noticed = subprocess.run([sys.executable, "-c", TOO_SHORT], cwd=COPY, env=environment, capture_output=True)
+    if noticed.returncode != EXIT_CODE or not any(REPORTS.iterdir()):
+        sys.exit(f"make sanitize: expected a report of a read out of bounds, got none:\n{noticed.stderr.decode()}")
+    make_reports_folder()
     ignored = [f"--ignore-glob=*/test_{name}.py" for names in LEFT_OUT.values() for name in names]
     command = [sys.executable, "-m", "pytest", *ignored, *arguments]
     done = subprocess.run(command, cwd=COPY, env=environment)
