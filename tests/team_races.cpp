@@ -66,7 +66,8 @@ constexpr int64_t kPhases = 40, kPieces = 23;
 // Ordinary memory: that two members touch it is a race unless a meeting lies between.
 struct Work {
   int64_t value[kPieces] = {}, taken[kPieces] = {};
-  std::atomic<int64_t> meetings{0}, wrong{0};
+  std::atomic<int64_t> meetings{0}, wrong{0}, ended{0};
+  int64_t throws_at = 0, thrower = 0;  // a phase, 0: none, and a rank, which the team may not have
 };
 
 void body(const mbn::Member& member, void* given) {
@@ -79,6 +80,7 @@ void body(const mbn::Member& member, void* given) {
       const mbn::Range own = mbn::share(kPieces, member.rank, member.size);
       for (int64_t i = own.begin; i < own.end; ++i) work.value[i] = phase, ++work.taken[i];
     }
+    if (phase == work.throws_at && member.rank == work.thrower) throw work.thrower;
     mbn::meet(member);
     for (int64_t i = 0; i < kPieces; ++i) {
       if (work.value[i] != phase || work.taken[i] != phase) work.wrong.fetch_add(1);
@@ -86,6 +88,7 @@ void body(const mbn::Member& member, void* given) {
     mbn::meet(member);
   }
   if (member.rank == 0) work.meetings.fetch_add(2 * kPhases);
+  work.ended.fetch_add(1);
 }
 
 }  // namespace
@@ -109,10 +112,21 @@ int main(int, char** arguments) {
   const auto begin = std::chrono::steady_clock::now();
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds) {
     Work work;
-    mbn::run_team(body, &work);
+    if (choose() % 4 == 0) work.throws_at = 1 + int64_t(choose() % kPhases), work.thrower = int64_t(choose() % unsigned(threads));
+    int64_t thrown = -1;
+    try {
+      mbn::run_team(body, &work);
+    } catch (int64_t thrower) {
+      thrown = thrower;
+    }
     meetings += work.meetings.load();
     if (work.wrong.load() > 0) {
       std::printf("%lld numbers are not what the phase wrote\n", static_cast<long long>(work.wrong.load()));
+      return 1;
+    }
+    // Either everybody has come to the end, or nobody and the caller knows why.
+    if ((thrown >= 0) == (work.ended.load() > 0) || (thrown >= 0 && thrown != work.thrower) || (thrown >= 0 && work.throws_at == 0)) {
+      std::printf("%lld members ended, thrown: %lld\n", static_cast<long long>(work.ended.load()), static_cast<long long>(thrown));
       return 1;
     }
   }

@@ -12,6 +12,7 @@
 #endif
 
 #include "poison.h"
+#include "thrown.h"
 
 namespace mbn {
 namespace {
@@ -41,7 +42,9 @@ constexpr size_t kAlign = 64, kHugePage = size_t{2} << 20;
 void run_parallel(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
   if (tasks <= 0) return;
   if (tasks == 1) return body(0, 1, context);
-  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+  Thrown thrown;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { thrown.by([&] { body(begin, end, context); }); });
+  thrown.rethrow();
 }
 
 int64_t thread_count() { return int64_t(torch::stable::get_num_threads()); }

@@ -6,7 +6,7 @@
 
 namespace mbn {
 
-// Calls body(begin, end, context) over a partition of [0, tasks) on PyTorch's threads.
+// Calls body(begin, end, context) over a partition of [0, tasks) on PyTorch's threads. Throws what the first of them throws, once all have ended.
 void run_parallel(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
 
 // How many threads run_parallel uses. It may choose who does the work, never what is computed.

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "runtime.h"
+#include "thrown.h"
 
 namespace mbn {
 
@@ -19,9 +20,13 @@ struct Team {
   std::atomic<int64_t> joined{0};  // kShare for each share of the work that has come, one for each thread; -1: closed
   std::atomic<int64_t> size{0};    // 0: not closed yet
   std::atomic<int64_t> waiting{0}, round{0};
+  Thrown thrown;
+  std::atomic<bool> broken{false};  // a member has thrown, which no other may wait for
 };
 
 namespace {
+
+struct Broken {};  // what the other members throw
 
 constexpr int64_t kShare = int64_t{1} << 32, kBack = int64_t{1} << 32;
 
@@ -52,7 +57,7 @@ void join(Team& team, int64_t shares, int64_t all, void (*body)(const Member&, v
   } else {
     spin_until([&] { return team.size.load() > 0; });
   }
-  body({rank, team.size.load(), &team}, context);
+  if (team.thrown.by([&] { body({rank, team.size.load(), &team}, context); })) team.broken.store(true);
 }
 
 }  // namespace
@@ -74,6 +79,7 @@ void run_team(void (*body)(const Member&, void*), void* context) {
         join(c.team, end - begin, c.all, c.body, c.context);
       },
       &call);
+  call.team.thrown.rethrow();
 }
 
 void meet(const Member& member) {
@@ -85,7 +91,8 @@ void meet(const Member& member) {
     for (int64_t i = 0; i < member.size; ++i) team.taken[size_t(i)].pieces.store(0);
     team.round.store(round + 1);
   } else {
-    spin_until([&] { return team.round.load() != round; });
+    spin_until([&] { return team.round.load() != round || team.broken.load(); });
+    if (team.round.load() == round) throw Broken{};
   }
 }
 

@@ -21,6 +21,7 @@ struct Member {
 };
 
 // Calls body(member, context) in each of PyTorch's threads that takes part, all of them at the same time. There may be fewer than thread_count().
+// Where a member throws, the others stop at their next meeting, and the caller gets what it threw.
 void run_team(void (*body)(const Member&, void*), void* context);
 
 // Returns when every member has come here.
