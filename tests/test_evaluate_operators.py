@@ -228,6 +228,19 @@ def test_windows_that_do_not_fit(field: str, packed: bool) -> None:
             refused(packed_call if packed else call, given | {"stages": stages}, "x", "packed", "weight")
 
 
+@pytest.mark.parametrize("packed", (False, True), ids=("evaluate", "packed"))
+def test_windows_that_read_too_much(packed: bool) -> None:
+    """They fit, as all but one of their taps are in the padding."""
+    given = arguments()[packed]
+    for stage in (DEPTHWISE, GATED):
+        stages, kernel = given["stages"], given["stages"].view(-1, len(FIELDS))[stage, FIELDS.index("kernel_h")].item()
+        for field in ("dilation_h", "dilation_w"):
+            stages = changed(stages, stage, FIELDS.index(field), 1 << 18, len(FIELDS))
+        for field in ("pad_top", "pad_bottom", "pad_left", "pad_right"):
+            stages = changed(stages, stage, FIELDS.index(field), (kernel - 1) // 2 << 18, len(FIELDS))
+        refused(packed_call if packed else call, given | {"stages": stages}, "stages")
+
+
 @pytest.mark.parametrize("conv", range(6))
 def test_stages_in_another_order(conv: int) -> None:
     """Every kind of stage in the place of every other."""

@@ -3,6 +3,7 @@
 //
 // Parameters are packed once: weights in the layout that the kernels read, batch norm folded into them. The caller keeps the packed tensor from call to call.
 // Its first bytes say of which parameters it was made, and where those have changed it is made anew.
+#include <algorithm>
 #include <memory>
 #include <unordered_map>
 
@@ -32,6 +33,17 @@ void slide(const StageCode& c, int64_t& height, int64_t& width) {
   const int64_t w = out_size(width, c.pad_left + c.pad_right, c.kernel_w, c.dilation_w, c.stride_w);
   MBN_CHECK(h > 0 && w > 0, op, ": x: expected an image that the window fits in, got ", height, "x", width);
   height = h, width = w;
+}
+
+// The ring of rows that a depthwise convolution reads has offsets of 32 bits (evaluate_depthwise.h): no taps millions of pixels apart.
+template <class S>
+void check_ring(const Step<S>& p) {
+  constexpr int64_t kChunkPixels = 28, kMostPixels = (int64_t{1} << 31) / 16;  // of 16 lanes at most
+  const Window& w = p.window;
+  const int64_t chunk = std::max<int64_t>(1, std::min(kChunkPixels / p.out_width, p.out_height));
+  const int64_t rows = (w.kernel_h - 1) * w.dilation_h + 1 + (chunk - 1) * w.stride_h;
+  const int64_t columns = std::max((p.out_width - 1) * w.stride_w + (w.kernel_w - 1) * w.dilation_w + 2, w.pad_left + p.width + 1);
+  MBN_CHECK(rows < kMostPixels / columns, op, ": stages: expected a window that reads at most ", kMostPixels, " pixels, got ", rows, " x ", columns);
 }
 
 // The step of stages [first, first + count), for an input of this shape; behind a dense convolution it makes, it is part of that step.
@@ -73,6 +85,7 @@ Step<S> step_of(const Stage<S>* stages, size_t count, const Shape& in, bool resi
   }
   p.out_channels = channels;
   p.out_height = height, p.out_width = width;
+  if (p.depthwise.weight) check_ring(p);
   p.residual = residual;
   const bool same = channels == in.channels && height == in.height && width == in.width;
   MBN_CHECK(!residual || (p.project.weight && same), op,
