@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -36,6 +37,16 @@ struct Arena {
 thread_local Arena arena;
 // Whole huge pages: with small ones, looking pages up takes as long as streaming through them.
 constexpr size_t kAlign = 64, kHugePage = size_t{2} << 20;
+
+// Python's MemoryError, with words; they are made without asking for memory.
+class NoScratch : public std::bad_alloc {
+ public:
+  explicit NoScratch(size_t bytes) { std::snprintf(text_, sizeof text_, "mbn_kernels: scratch: expected at most the free memory, got %zu bytes", bytes); }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[96];
+};
 
 }  // namespace
 
@@ -73,7 +84,7 @@ void* Scratch::bytes(size_t wanted) {
   }
   const size_t size = (count + kHugePage - 1) / kHugePage * kHugePage;
   void* p = std::aligned_alloc(kHugePage, size);
-  if (p == nullptr) throw std::bad_alloc();
+  if (p == nullptr) throw NoScratch(size);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   madvise(p, size, MADV_HUGEPAGE);  // advice: a failure changes nothing
 #endif

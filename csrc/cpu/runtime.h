@@ -13,6 +13,7 @@ void run_parallel(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* co
 int64_t thread_count();
 
 // Scratch memory of the calling thread, 64-byte aligned, kept between calls. Everything taken after a Scratch was made is free again when it ends.
+// bytes() throws a std::bad_alloc where the system has no more memory.
 class Scratch {
  public:
   Scratch();
