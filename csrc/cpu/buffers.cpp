@@ -11,16 +11,16 @@
 #include <cstdlib>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <mutex>
-#include <unordered_map>
 
 #if defined(__linux__)
-#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
 
 #include "check.h"
+#include "fork.h"
 #include "poison.h"
 
 namespace mbn {
@@ -34,6 +34,7 @@ constexpr size_t kStep = 4096;  // sizes are multiples of it
 
 size_t rounded(size_t bytes, size_t step) { return (bytes + step - 1) / step * step; }
 
+// Memory may run out at each step that asks for some; then nothing has changed, and what comes back never asks.
 class Buffers {
  public:
   void* take(size_t bytes) {
@@ -42,18 +43,16 @@ class Buffers {
     char* data = reuse(size);
     if (data == nullptr && grow(size)) data = reuse(size);
     MBN_CHECK(data != nullptr, "cpu_buffer: size: expected at most the free memory, got ", bytes, " bytes");
-    sizes_[data] = size;
     allow(data, bytes);
     return data;
   }
 
-  void give_back(void* from) {
+  void give_back(void* from) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
-    char* data = static_cast<char*>(from);
-    const auto taken = sizes_.find(data);
-    forbid(data, taken->second);
-    const auto next = free_.upper_bound(data), own = free_.emplace_hint(next, data, Free{taken->second, taken->second});
-    sizes_.erase(taken);
+    auto node = used_.extract(static_cast<char*>(from));
+    forbid(from, node.mapped().size);
+    node.mapped().touched = node.mapped().size;
+    const auto own = free_.insert(std::move(node)).position, next = std::next(own);
     if (next != free_.end()) join(own, next);
     if (own != free_.begin()) join(std::prev(own), own);
   }
@@ -71,14 +70,12 @@ class Buffers {
     return int64_t(kept);
   }
 
-  std::mutex& mutex() { return mutex_; }
-
  private:
-  // A free range; the first bytes of it have been in use since the system last got them back.
-  struct Free {
+  // The first bytes of it have been in use since the system last got them back.
+  struct Range {
     size_t size, touched;
   };
-  using Ranges = std::map<char*, Free>;  // by address
+  using Ranges = std::map<char*, Range>;  // by address
 
   void join(Ranges::iterator range, Ranges::iterator next) {
     if (range->first + range->second.size != next->first || chunks_.count(next->first) > 0) return;
@@ -97,9 +94,10 @@ class Buffers {
     }
     if (best == free_.end()) return nullptr;
     char* data = best->first;
-    const auto [all, touched] = best->second;
-    const auto next = free_.erase(best);
-    if (all > size) free_.emplace_hint(next, data + size, Free{all - size, touched > size ? touched - size : 0});
+    auto& [all, touched] = best->second;
+    if (all > size) free_.emplace_hint(std::next(best), data + size, Range{all - size, touched > size ? touched - size : 0});
+    all = size;
+    used_.insert(free_.extract(best));
     return data;
   }
 
@@ -107,15 +105,17 @@ class Buffers {
     release();
     size = rounded(size, kHugePage);
     size_t chunk = size < kChunk ? kChunk : size;
-    void* data = std::aligned_alloc(kHugePage, chunk);
-    if (data == nullptr && chunk > size) data = std::aligned_alloc(kHugePage, chunk = size);
+    std::unique_ptr<char, decltype(&std::free)> data(static_cast<char*>(std::aligned_alloc(kHugePage, chunk)), &std::free);
+    if (data == nullptr && chunk > size) data.reset(static_cast<char*>(std::aligned_alloc(kHugePage, chunk = size)));
     if (data == nullptr) return false;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(data, chunk, MADV_HUGEPAGE);  // advice: a failure changes nothing
+    madvise(data.get(), chunk, MADV_HUGEPAGE);  // advice: a failure changes nothing
 #endif
-    forbid(data, chunk);
-    chunks_[static_cast<char*>(data)] = chunk;
-    free_[static_cast<char*>(data)] = {chunk, 0};
+    Ranges fresh;
+    fresh[data.get()] = {chunk, 0};
+    chunks_[data.get()] = chunk;
+    free_.merge(fresh);
+    forbid(data.release(), chunk);
     return true;
   }
 
@@ -138,23 +138,15 @@ class Buffers {
     }
   }
 
-  std::mutex mutex_;
+  std::mutex& mutex_ = fork_safe_mutex<Buffers>();
   std::map<char*, size_t> chunks_;
-  Ranges free_;
-  std::unordered_map<char*, size_t> sizes_;  // of what is in use
+  Ranges free_, used_;
 };
 
 // Never destroyed: tensors may outlive every static object.
 Buffers& buffers() {
-  static Buffers* all = [] {
-    auto* made = new Buffers;
-#if defined(__linux__)
-    // A child must not inherit the lock from a thread that it does not have.
-    pthread_atfork([] { buffers().mutex().lock(); }, [] { buffers().mutex().unlock(); }, [] { buffers().mutex().unlock(); });
-#endif
-    return made;
-  }();
-  return *all;
+  static Buffers& all = *new Buffers;
+  return all;
 }
 
 int64_t item_bytes(ScalarType dtype) {

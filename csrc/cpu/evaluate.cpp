@@ -218,7 +218,7 @@ void evaluate(const Tensor& x, std::vector<Tensor> params, const Tensor& stages,
 // By number: handing hundreds of tensors over at each call takes as long as a small network's first layers. Never destroyed: at the end of a process tensors
 // may outlive what frees them.
 struct Held {
-  std::mutex mutex;
+  std::mutex& mutex = fork_safe_mutex<Held>();
   std::unordered_map<int64_t, std::shared_ptr<const Chains>> chains;
   int64_t next = 1;
 };

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cmath>
-#include <mutex>
 #include <vector>
 
 #include "binding.h"
+#include "fork.h"
 #include "runtime.h"
 
 namespace mbn {
@@ -304,12 +304,13 @@ inline Origin origin_of(const std::vector<Tensor>& params, const double* eps, si
   return origin;
 }
 
+struct Packing;  // whose mutex it holds while it packs
+
 template <class S>
 void refresh(const std::vector<Stage<S>>& stages, const std::vector<Tensor>& params, const double* eps, int64_t version, char* first) {
-  static std::mutex mutex;
   const Origin origin = origin_of(params, eps, stages.size(), version);
   Origin found;
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(fork_safe_mutex<Packing>());
   __builtin_memcpy(&found, first, sizeof found);
   if (version >= 0 && found == origin) return;
   for (size_t i = 0; i < stages.size(); ++i) pack(stages[i], eps[i]);
