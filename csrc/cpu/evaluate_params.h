@@ -313,6 +313,7 @@ void refresh(const std::vector<Stage<S>>& stages, const std::vector<Tensor>& par
   const std::lock_guard<std::mutex> lock(fork_safe_mutex<Packing>());
   __builtin_memcpy(&found, first, sizeof found);
   if (version >= 0 && found == origin) return;
+  __builtin_memset(first, 0, sizeof origin);  // of no parameters, should memory run out on the way
   for (size_t i = 0; i < stages.size(); ++i) pack(stages[i], eps[i]);
   __builtin_memcpy(first, &origin, sizeof origin);
 }
