@@ -16,6 +16,9 @@ _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 def convolve(kernels: Kernels, u: Value, weight: Tensor, stage: Stage) -> Tensor:
     x, padding = _padded(kernels, u, stage)
+    if x.shape[1] == 1 and stage.output_shape(u.y.shape, weight.shape)[3] == 1:
+        # Of one channels-last channel oneDNN makes wrong numbers where a stride leaves one column.
+        x, weight = _contiguous(x), _contiguous(weight)
     return _channels_last(_CONVOLUTION(x, weight, None, stage.stride, padding, stage.dilation, False, (0, 0), 1))
 
 
@@ -27,8 +30,9 @@ def backward(
         return None, None, None
     dy = _channels_last(kernels.materialize_gradient(g, None))
     x, padding = _padded(kernels, u, stage)
-    if x.shape[3] == 1:  # of one channels-last column oneDNN leaves numbers of a bfloat16 weight's gradient unwritten
-        x = x.clone(memory_format=torch.contiguous_format)
+    if x.dtype == torch.bfloat16 and (x.shape[3] <= stage.stride[1] or max(stage.dilation) > 1):
+        # Channels-last, oneDNN leaves numbers of the weight's gradient unwritten, or makes wrong ones of the input's.
+        x, dy, weight = _contiguous(x), _contiguous(dy), _contiguous(weight)
     window, wants = (stage.stride, padding, stage.dilation, False, (0, 0), 1), (want_du, want_dweight, False)
     du, dweight, _ = _CONVOLUTION_BACKWARD(dy, x, weight, None, *window, wants)
     if want_du:
@@ -46,6 +50,10 @@ def _padded(kernels: Kernels, u: Value, stage: Stage) -> tuple[Tensor, tuple[int
     if (top, left) == (bottom, right):
         return x, (top, left)
     return torch.nn.functional.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -8,7 +8,22 @@ from collections.abc import Callable, Iterator
 import pytest
 import stock
 import torch
-from oracle import Case, Tensors, compare_case, dense, dw, fused_chain, in_each_mode, mode_id, pw
+from oracle import (
+    Case,
+    Tensors,
+    compare_case,
+    dense,
+    dw,
+    fused_chain,
+    in_each_mode,
+    magnitude,
+    max_error,
+    mode_id,
+    prepare,
+    pw,
+    run,
+    stock_chain,
+)
 from test_functional import LAYOUTS
 from test_memory import bytes_of, saved_for_backward
 from test_models import PAPER, build, oracle_of, scale, train_step, twins
@@ -52,6 +67,28 @@ CASES = (
 @DTYPES
 def test_matches_the_oracle(backend: str, case: Case, training: bool, dtype: torch.dtype) -> None:
     compare_case(fused_chain, case, dtype, training)
+
+
+#: Of which oneDNN, which stock calls, is wrong where maps are channels-last.
+WRONG = (
+    (Case("one-column-of-one-channel", (4, 1, 7, 7), (dense(11, (1, 7), stride=(1, 2), padding=0),)), torch.float32),
+    (Case("one-column-of-one-channel", (4, 1, 9, 8), (dense(2, (5, 7), stride=(1, 2), padding=0),)), torch.bfloat16),
+    (Case("one-column-stride-2", (4, 3, 24, 1), (dense(40, (5, 3), stride=(1, 2), padding=1),)), torch.bfloat16),
+    (Case("two-columns-stride-3", (4, 2, 31, 2), (dense(16, 5, stride=(2, 3), padding=(0, 0, 2, 2)),)), torch.bfloat16),
+    (Case("dilated-pixels", (4, 3, 6, 30), (dense(11, 1, stride=(1, 3), dilation=(1, 2)),)), torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize("case, dtype", WRONG, ids=lambda v: str(v).removeprefix("torch."))
+def test_where_a_library_is_wrong(backend: str, case: Case, dtype: torch.dtype) -> None:
+    """Against float64 alone, as stock is wrong there, too."""
+    t = prepare(case, dtype, False)
+    exact = run(stock_chain, case, t, False)
+    typed = t.map(lambda v: v.to(dtype))
+    for _ in range(64):  # a gradient that is not written would be that of the call before
+        torch.full_like(typed.stages[0]["weight"], float("nan"))
+    for name, v in run(fused_chain, case, typed, False).items():
+        assert max_error(v, exact[name]) <= 4 * torch.finfo(dtype).eps * magnitude(exact[name]), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
