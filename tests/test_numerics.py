@@ -242,6 +242,17 @@ def test_variance_at_a_large_mean(backend: str, conv: str, shape: tuple[int, ...
     torch.testing.assert_close(var.double(), exact.var((0, 2, 3), unbiased=False), rtol=of_var, atol=0)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("count", (3, 7, 105, 5000))
+def test_a_constant_has_no_variance(backend: str, count: int, dtype: torch.dtype) -> None:
+    """Its mean is the constant to the last bit: of 10,000 one rounding off, squared, would be a tenth of eps."""
+    y = torch.tensor([0.1, 0.7, -3.3, 12345.678], dtype=dtype)[None, :, None, None].expand(1, 4, 1, count)
+    y = y.contiguous(memory_format=torch.channels_last)
+    mean, var = backends.get(backend).kernels.statistics(y)
+    assert torch.equal(mean, y[0, :, 0, 0].float())
+    assert var.max() < 1e-20
+
+
 @pytest.mark.parametrize("case", STATISTICS, ids=str)
 def test_constant_channels(backend: str, case: Case) -> None:
     """A channel of one value has no variance: its output is the bias, and every gradient stays finite."""

@@ -146,7 +146,9 @@ class ReferenceKernels:
     def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
         y = y.to(accumulate_dtype(y.dtype))
         mean = y.mean((0, 2, 3))
-        return mean, (y - _over_channels(mean)).square().mean((0, 2, 3))  # of no values NaN, without a warning
+        y = y - _over_channels(mean)
+        rest = y.mean((0, 2, 3))  # what the mean was rounded by; else a constant would have a variance
+        return mean + rest, (y - _over_channels(rest)).square().mean((0, 2, 3))  # of no values NaN, without a warning
 
     def pool(self, u: Value) -> Tensor:
         return value(u).mean((2, 3))
