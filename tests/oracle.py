@@ -5,14 +5,14 @@ TOLERANCE. With errors as maxima over a tensor, against the float64 oracle on th
     error(fused) <= 2 * error(stock PyTorch at that dtype) + eps(dtype) * scale
 
 for outputs, all gradients and running statistics. ``scale`` is the oracle's largest magnitude; for a mean it is that of
-the numbers averaged, since their rounding is what a mean inherits. float64 has no wider oracle: there the bound is
-1e-12 * scale.
+the numbers averaged, since their rounding is what a mean inherits, and for a variance at least eps * mean^2, as its
+mean is rounded. float64 has no wider oracle: there the bound is 1e-12 * scale.
 
 Both terms are estimates that a small tensor can make by luck: the maximum of four rounding errors may be nearly 0, and
 a sum that happens to cancel has no scale. So before a breach counts, stock's error is taken anew on up to DRAWS copies
 of the inputs in either memory format, each rounded once more at random, and scale becomes the largest of: the oracle's
 magnitude, what that rounding alone changed in the oracle over eps, and a gradient's size before batch norm cancels it.
-The fused error is never drawn again.
+The fused error is never drawn again. :func:`hold` can be given more draws, and another factor than 2.
 
 A derivative that jumps turns a rounding error into an error of its own size, in stock as here. So inputs keep away from
 kinks where they can: :func:`avoid_kinks` shifts each bias to the widest gap between the values that it adds to.
@@ -204,18 +204,25 @@ def _as_it_is(i: int, bias: str, act: str, n: Tensor) -> Tensor:
     return n
 
 
-def stock_chain(case: Case, t: Tensors, training: bool, momentum: float = 0.1, shift: Callable = _as_it_is) -> Tensor:
+def stock_chain(
+    case: Case,
+    t: Tensors,
+    training: bool,
+    momentum: float = 0.1,
+    shift: Callable = _as_it_is,
+    conv2d: Callable = F.conv2d,
+) -> Tensor:
     """The chain as stock PyTorch's own operators; updates the running statistics in training."""
     h = t.x
     for i, (stage, p) in enumerate(zip(case.stages, t.stages, strict=True)):
         if stage.conv == "pointwise":
-            h = F.conv2d(h, p["weight"])
+            h = conv2d(h, p["weight"])
         elif stage.conv in ("depthwise", "dense"):
             top, bottom, left, right = stage.padding
             pads = (top, left) if (top, left) == (bottom, right) else 0  # else padded beforehand
             h = h if pads else F.pad(h, (left, right, top, bottom))
             groups = h.shape[1] if stage.conv == "depthwise" else 1
-            h = F.conv2d(h, p["weight"], None, stage.stride, pads, stage.dilation, groups)
+            h = conv2d(h, p["weight"], None, stage.stride, pads, stage.dilation, groups)
         if stage.norm:
             running = p["running_mean"], p["running_var"]
             h = F.batch_norm(h, *running, p.get("bn_weight"), p.get("bn_bias"), training, momentum, stage.eps)
@@ -288,9 +295,14 @@ class Expected:
     """The oracle's results, and by name how far from them a result may be."""
 
     def __init__(
-        self, dtype: torch.dtype, oracle: dict[str, Tensor], stock: dict[str, Tensor], not_finite: bool = False
+        self,
+        dtype: torch.dtype,
+        oracle: dict[str, Tensor],
+        stock: dict[str, Tensor],
+        not_finite: bool = False,
+        factor: float = 2,
     ) -> None:
-        self.dtype, self.oracle, self.stock, self.not_finite = dtype, oracle, stock, not_finite
+        self.dtype, self.oracle, self.stock, self.not_finite, self.factor = dtype, oracle, stock, not_finite, factor
         self.own = {name: max_error(stock[name], t) for name, t in oracle.items()}
         self.slack = {name: self.eps * self._scale(name) for name in oracle}
 
@@ -300,7 +312,11 @@ class Expected:
 
     def _scale(self, name: str) -> float:
         scale = magnitude(self.oracle[name])
-        return max(scale, magnitude(self.oracle[name[:-4] + "var"]) ** 0.5) if name.endswith("running_mean") else scale
+        if name.endswith("running_mean"):
+            return max(scale, magnitude(self.oracle[name[:-4] + "var"]) ** 0.5)
+        if name.endswith("running_var"):
+            return max(scale, self.eps * magnitude(self.oracle[name[:-3] + "mean"]) ** 2)
+        return scale
 
     def draw(self, oracle: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
         """Takes in the results on inputs rounded anew."""
@@ -324,7 +340,7 @@ class Expected:
         found = []
         for name, t in got.items():
             stock, error = self.stock[name], max_error(t, self.oracle[name])
-            bound = 2 * self.own[name] + self.slack[name]
+            bound = self.factor * (self.own[name] + self.slack[name] / 2)
             if (t.shape, t.dtype) != (stock.shape, stock.dtype):
                 found.append(f"{name}: {t.dtype} {tuple(t.shape)}, stock's {stock.dtype} {tuple(stock.shape)}")
             elif self.not_finite and name.startswith("grad"):
@@ -336,7 +352,7 @@ class Expected:
             elif not torch.equal(t.isnan(), stock.isnan()):
                 found.append(f"{name}: {int(t.isnan().sum())} NaN of {t.numel()}, stock {int(stock.isnan().sum())}")
             elif not error <= bound:
-                terms = f"2 * stock's {self.own[name]:.3g} + {self.slack[name]:.3g}"
+                terms = f"{self.factor} * stock's {self.own[name]:.3g} + {self.factor / 2 * self.slack[name]:.3g}"
                 found.append(f"{name}: error {error:.3g} above {terms}")
         return found
 
@@ -390,16 +406,18 @@ def hold(
     change: Callable = lambda t: t,
     not_finite: bool = False,
     sizes: Callable[[], dict[str, float]] = dict,
+    draws: int = DRAWS,
+    factor: float = 2,
 ) -> None:
     """Holds fused results to the tolerance; ``stock`` computes the same results from tensors of any dtype."""
-    expected = Expected(dtype, stock(t.map(torch.Tensor.double)), stock(t), not_finite)
+    expected = Expected(dtype, stock(t.map(torch.Tensor.double)), stock(t), not_finite, factor)
     g = torch.Generator().manual_seed(0)
 
     def again(v: Tensor) -> Tensor:
         noise = torch.rand(v.shape, generator=g, dtype=torch.float64) - 0.5
         return (v.double() * (1 + torch.finfo(dtype).eps * noise.to(v.device))).to(dtype)
 
-    for draw in range(DRAWS):
+    for draw in range(draws):
         if not expected.breaches(got):
             break
         if draw == 0:
