@@ -6,6 +6,7 @@ Small maps of few channels: several units a block, several blocks, and tails eve
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 
@@ -14,6 +15,8 @@ import torch
 from cuda_host_build import ROOT, Host
 from cuda_host_calls import GATE, GATED, WHOLE, WINDOWS, channels_last, cuda_library, cuda_on_host, stage_of  # noqa: F401
 from oracle import ACTS, Case, Tensors, compare_case, dw, fused_chain, hold, make_tensors, mode_id, pw, stock_chain
+from property_cases import CUDA
+from property_checks import check_many
 from torch import Tensor
 
 from mbn_kernels import chain
@@ -155,6 +158,12 @@ def test_statistics_far_from_zero(host: Host) -> None:
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), exact.var(1), rtol=1e-6, atol=0)
     assert host.launches() == 1
+
+
+def test_random_calls(host: Host) -> None:
+    """As tests/test_properties.py, smaller, of windows and widths that these kernels take."""
+    check_many(0, 24, ("cuda",), CUDA, Counter())
+    assert host.launches() >= 12  # some have no image, some are refused
 
 
 # Whole blocks ---------------------------------------------------------------------------------------------------------

@@ -8,12 +8,15 @@ end in the middle of one, in every dimension.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from oracle import ACTS, Case, Tensors, compare_case, dense, dw, fused_chain, make_tensors, mode_id, pw, run, se
+from property_cases import TRITON
+from property_checks import check_many
 from torch import Tensor
 
 import mbn_kernels
@@ -287,6 +290,11 @@ def test_only_wanted_gradients(case: Case, wanted: str) -> None:
     grads = torch.autograd.grad(fused_chain(case, t, True), list(leaves.values()), t.dout)
     for name, g in zip(leaves, grads, strict=True):
         torch.testing.assert_close(g, expected[f"grad {name}"], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_random_calls() -> None:
+    """As tests/test_properties.py, smaller."""
+    check_many(0, 36, ("triton",), TRITON, Counter())
 
 
 # Device functions -----------------------------------------------------------------------------------------------------
