@@ -190,7 +190,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         return None
 
 
-SANITIZE = os.environ.get("MBN_SANITIZE") == "1"
+SANITIZE = os.environ.get("MBN_SANITIZE", "")
+if SANITIZE not in ("", "1"):
+    sys.exit(f"mbn_kernels: MBN_SANITIZE: expected 1 or nothing, got {SANITIZE!r}")
 NO_CUDA = why_no_cuda()
 NO_CPU = os.environ.get("MBN_BUILD_CPU") == "0"
 BUILD = os.path.join("build", f"torch-{torch.__version__}{'-sanitize' if SANITIZE else ''}")  # each kept apart

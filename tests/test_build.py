@@ -90,10 +90,12 @@ class BuildExtension:
         return "g++", "12.2.0"
     def build_extensions(self):
         built = {extension.name: extension.depends for extension in self.extensions}
-        print(json.dumps([built, cpp_extension.CUDA_HOME, os.environ.get("TORCH_CUDA_ARCH_LIST")]))
+        flags = [[*e.extra_compile_args["cxx"], *e.extra_link_args] for e in self.extensions]
+        print(json.dumps([built, cpp_extension.CUDA_HOME, os.environ.get("TORCH_CUDA_ARCH_LIST"), flags, self.folder]))
 
-def setup(ext_modules, cmdclass, **options):
+def setup(ext_modules, cmdclass, options):
     build = cmdclass["build_ext"]()
+    build.folder = options["build"]["build_base"]
     build.extensions = ext_modules
     build.build_extensions()
 
@@ -148,7 +150,7 @@ def test_setup_finds_the_toolkit_behind_a_script(tmp_path):
     assert re.fullmatch(
         r"mbn_kernels: building the CUDA kernels \(\d+ sources\) for 8.0, 9.0, 10.0\+PTX with nvcc 13.0", cuda
     )
-    built, home, gpus = json.loads(last)
+    built, home, gpus, *_ = json.loads(last)
     assert list(built) == ["mbn_kernels._C", "mbn_kernels._CUDA"]
     headers = {str(path.relative_to(ROOT)) for end in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{end}")}
     assert all(headers <= set(depends) for depends in built.values())
@@ -216,6 +218,21 @@ def test_setup_leaves_the_cpu_out_on_request(tmp_path):
     cpu, _, last = result.stdout.splitlines()
     assert cpu.startswith("mbn_kernels: building none of the CPU kernels (MBN_BUILD_CPU=0) against torch 2.14.0")
     assert list(json.loads(last)[0]) == ["mbn_kernels._CUDA"]
+
+
+@pytest.mark.parametrize("sanitize", ("", "1"), ids=("ordinary", "sanitized"))
+def test_setup_with_sanitizers(tmp_path, sanitize):
+    """Compiled and linked with them, in a folder of their own; an ordinary build has nothing of them."""
+    result = run_setup(tmp_path, MBN_BUILD_CUDA="0", MBN_SANITIZE=sanitize)
+    assert result.returncode == 0, result.stderr
+    *_, (flags,), folder = json.loads(result.stdout.splitlines()[-1])
+    asked = [flag for flag in flags if flag.startswith("-fsanitize=")]
+    assert asked == ["-fsanitize=address,undefined,float-cast-overflow"] * (2 * bool(sanitize))
+    assert ("-O3" in flags, "-fno-sanitize-recover=all" in flags) == (not sanitize, bool(sanitize))
+    assert folder == os.path.join("build", "torch-2.14.0" + "-sanitize" * bool(sanitize))
+
+    result = run_setup(tmp_path, MBN_SANITIZE="yes")
+    assert (result.returncode, result.stderr) == (1, "mbn_kernels: MBN_SANITIZE: expected 1 or nothing, got 'yes'\n")
 
 
 def run_doctor(*arguments: str) -> str:
