@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     training.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     training.add_argument("--seeds", type=int, default=5)
     training.add_argument("--epochs", type=int, default=10)
-    training.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+    training.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     training.add_argument("--batch", type=int, default=64)
     gradient_errors.add_options(parser.add_argument_group("gradients"))
     options = parser.parse_args(arguments)

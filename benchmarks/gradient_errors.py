@@ -40,6 +40,28 @@ def add_options(group: argparse._ArgumentGroup) -> None:
 # A step ---------------------------------------------------------------------------------------------------------------
 
 
+class ExactHardsigmoid(nn.Module):
+    """In the oracle's gates: even in float64 PyTorch's own gradient rounds 1/6 to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 3).clamp(0, 6) / 6
+
+
+class ExactHardswish(ExactHardsigmoid):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * super().forward(x)
+
+
+EXACT = {nn.Hardsigmoid: ExactHardsigmoid, nn.Hardswish: ExactHardswish}
+
+
+def make_exact(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) in EXACT:
+                setattr(parent, name, EXACT[type(child)]())
+
+
 def gradients(
     name: str, dtype: torch.dtype, state: dict[str, Tensor], images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
@@ -48,6 +70,8 @@ def gradients(
     model: nn.Module = getattr(models, MODEL)(10, dropout=0.0, fused=implementation.fused)
     model.load_state_dict(state)
     model = model.to(dtype, memory_format=implementation.memory_format)
+    if dtype == torch.float64:
+        make_exact(model)
     logits = model(images.to(dtype, memory_format=implementation.memory_format))
     F.cross_entropy(logits if dtype == torch.float64 else logits.float(), labels).backward()
     return {parameter: p.grad.double() for parameter, p in model.named_parameters()}
