@@ -17,6 +17,7 @@ from cuda_host_calls import GATE, GATED, WHOLE, WINDOWS, channels_last, cuda_lib
 from oracle import ACTS, Case, Tensors, compare_case, dw, fused_chain, hold, make_tensors, mode_id, pw, stock_chain
 from property_cases import CUDA
 from property_checks import check_many
+from special import hold_denormals, hold_nan_in_gradient, hold_overflow, hold_tiny_variance
 from torch import Tensor
 
 from mbn_kernels import chain
@@ -145,6 +146,31 @@ def test_not_finite(host: Host, number: float, training: bool) -> None:
         return Tensors(x, t.stages, t.dout)
 
     compare(host, BLOCKS[1], torch.float32, training, change=change, not_finite=True)
+
+
+@pytest.mark.parametrize("deviation, eps", ((1e-10, 1e-5), (1e-19, 1e-37)), ids=str)
+def test_tiny_variance(host: Host, deviation: float, eps: float) -> None:
+    hold_tiny_variance(Case("depthwise", (2, 8, 6, 5), (dw(3),)), eps, deviation, torch.float32)
+    assert host.launches() > 0
+
+
+@pytest.mark.parametrize("small", ("x", "weight", "dout"))
+def test_denormals_are_numbers(host: Host, small: str) -> None:
+    hold_denormals(Case("depthwise", (2, 8, 6, 5), (dw(3, "relu", eps=0.0),)), small)
+    assert host.launches() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_overflow(host: Host, dtype: torch.dtype) -> None:
+    hold_overflow(Case("depthwise", (2, 8, 6, 5), (dw(3, "relu", eps=0.0),)), dtype)
+    assert host.launches() > 0
+
+
+@MODES
+def test_nan_in_the_gradient(host: Host, training: bool) -> None:
+    case = Case("gate", (2, 8, 5, 6), (pw(16, "silu"), dw(3, "silu", gate=("silu", "sigmoid")), pw(8)))
+    hold_nan_in_gradient(case, training, torch.float32)
+    assert host.launches() > 0
 
 
 def test_statistics_far_from_zero(host: Host) -> None:

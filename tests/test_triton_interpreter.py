@@ -14,9 +14,24 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from oracle import ACTS, Case, Tensors, compare_case, dense, dw, fused_chain, make_tensors, mode_id, pw, run, se
+from oracle import (
+    ACTS,
+    Case,
+    StageCase,
+    Tensors,
+    compare_case,
+    dense,
+    dw,
+    fused_chain,
+    make_tensors,
+    mode_id,
+    pw,
+    run,
+    se,
+)
 from property_cases import TRITON
 from property_checks import check_many
+from special import hold_denormals, hold_nan_in_gradient, hold_overflow, hold_tiny_variance
 from torch import Tensor
 
 import mbn_kernels
@@ -237,6 +252,36 @@ def test_not_finite(number: float, training: bool) -> None:
         return Tensors(x, t.stages, t.dout)
 
     compare_case(fused_chain, BLOCKS[1], torch.float32, training, change=change, not_finite=True)
+
+
+SPECIAL = (
+    Case("depthwise", (2, 3, 5, 4), (dw(3, "relu", eps=0.0),)),
+    Case("pointwise", (2, 5, 4, 4), (pw(6, "relu", eps=0.0),)),
+)
+
+
+@pytest.mark.parametrize("deviation, eps", ((1e-10, 1e-5), (1e-19, 1e-37)), ids=str)
+@pytest.mark.parametrize("case", (dw(3), pw(5)), ids=("depthwise", "pointwise"))
+def test_tiny_variance(case: StageCase, deviation: float, eps: float) -> None:
+    hold_tiny_variance(Case("stage", (2, 5, 5, 4), (case,)), eps, deviation, torch.float32)
+
+
+@pytest.mark.parametrize("small", ("x", "weight", "dout"))
+@pytest.mark.parametrize("case", SPECIAL, ids=str)
+def test_denormals_are_numbers(case: Case, small: str) -> None:
+    hold_denormals(case, small)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the overflow
+@pytest.mark.parametrize("case", SPECIAL, ids=str)
+def test_overflow(case: Case) -> None:
+    hold_overflow(case, torch.float32)
+
+
+@MODES
+def test_nan_in_the_gradient(training: bool) -> None:
+    case = Case("gate", (2, 4, 5, 6), (pw(6, "silu"), dw(3, "silu", gate=("silu", "sigmoid")), pw(5)))
+    hold_nan_in_gradient(case, training, torch.float32)
 
 
 @pytest.mark.parametrize(
