@@ -186,3 +186,25 @@ def test_threads_share_a_block_that_changes_between_calls() -> None:
         for thread in threads:
             thread.join()
     assert not failed
+
+
+def test_threads_share_a_weight_and_nothing_else() -> None:
+    """One weight under two batch norms: what one thread packs must not be what the other reads."""
+    torch.set_num_threads(1)
+    x, weight = torch.randn(4, 128, 14, 14), torch.randn(256, 128, 1, 1)
+    norms = [(torch.full((256,), scale), *torch.zeros(2, 256), torch.ones(256)) for scale in (1.0, 3.0)]
+    expected = [functional.pointwise_conv_bn_act(x, weight, *norm) for norm in norms]
+    wrong = []
+
+    def work(i: int) -> None:
+        with torch.no_grad(), mbn_kernels.use_backend("cpu"):
+            for _ in range(200):
+                if not torch.equal(functional.pointwise_conv_bn_act(x, weight, *norms[i]), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -156,6 +156,7 @@ class _Packed(NamedTuple):
     """Chains' parameters as ``evaluate`` reads them, kept for as long as the first weight lives."""
 
     weight: weakref.ref[Tensor]
+    params: list[int]  # all of them, by id: another thread may use what is packed of these, and of no others
     shapes: list[torch.Size]
     numbers: Tensor
 
@@ -169,13 +170,13 @@ def _packed(
     """The packed parameters: ``evaluate`` packs them anew where their version, a place in memory or what it samples of
     the contents is no longer what it was.
     """
-    key, shapes = (id(flat[0]), chains, x.dtype), [p.shape for p in flat]
+    key, ids, shapes = (id(flat[0]), chains, x.dtype), [id(p) for p in flat], [p.shape for p in flat]
     found = _packed_chains.get(key)
-    if found is None or found.weight() is not flat[0] or found.shapes != shapes:
+    if found is None or found.weight() is not flat[0] or found.params != ids or found.shapes != shapes:
         # In memory that is looked up by large pages: a network's weights are read once per image.
         numbers = _ops.cpu_buffer(1, _ops.evaluate_size(params, stages) // 4, 1, 1, torch.float32).flatten()
         numbers[:16] = 0  # made of no parameters yet
-        found = _Packed(weakref.ref(flat[0], lambda _: _packed_chains.pop(key, None)), shapes, numbers)
+        found = _Packed(weakref.ref(flat[0], lambda _: _packed_chains.pop(key, None)), ids, shapes, numbers)
         _packed_chains[key] = found
     return found.numbers
 
