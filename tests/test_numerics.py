@@ -22,6 +22,8 @@ from oracle import (
     fused_chain,
     fused_functional,
     hold,
+    magnitude,
+    max_error,
     prepare,
     pw,
     run,
@@ -251,6 +253,34 @@ def test_a_constant_has_no_variance(backend: str, count: int, dtype: torch.dtype
     mean, var = backends.get(backend).kernels.statistics(y)
     assert torch.equal(mean, y[0, :, 0, 0].float())
     assert var.max() < 1e-20
+
+
+@pytest.mark.parametrize("shape", ((2, 24, 28, 28), (2, 17, 61, 40)), ids=str)
+@pytest.mark.parametrize("gated", (False, True), ids=("plain", "gate"))
+@pytest.mark.parametrize("conv", ("depthwise", "pointwise"))
+def test_sums_of_a_gradient(backend: str, conv: str, gated: bool, shape: tuple[int, ...]) -> None:
+    """To two roundings: a chain of additions as long as an image is four and more off."""
+    n, c = shape[:2]
+    dense = {"memory_format": torch.channels_last}
+    y, dv = (torch.randn(shape) + 1).contiguous(**dense), torch.rand(shape).contiguous(**dense)
+    ones, zeros = torch.ones(c), torch.zeros(c)
+    u = chain.Value(y, ones, zeros, "identity", torch.rand(n, c) if gated else None)
+    arguments = chain.Gradient(dv, chain.Value(dv)), u, chain.Norm(ones, zeros, zeros, ones), None, True, True, False
+    kernels = backends.get(backend).kernels
+    if conv == "depthwise":
+        weight = torch.zeros(c, 1, 3, 3)
+        weight[:, 0, 1, 1] = 1
+        spec = chain.stage_spec(conv, kernel=(3, 3), padding=(1, 1, 1, 1))
+        (stage,) = chain.parse(chain.chain_spec("", [spec])).stages
+        du, sums, _ = kernels.depthwise_backward(arguments[0], weight, stage, *arguments[1:])
+    else:
+        du, sums, _ = kernels.pointwise_backward(arguments[0], torch.eye(c)[:, :, None, None], *arguments[1:])
+    assert torch.equal(du, dv)
+    g, x = dv.double(), y.double()
+    terms = (g * x, g, torch.ones_like(g), g * x, x) if gated else (g, g * x)
+    for got, term in zip(sums, terms, strict=True):
+        exact = term.sum((2, 3) if gated else (0, 2, 3))
+        assert max_error(got, exact) <= 2 * torch.finfo(torch.float32).eps * magnitude(exact)
 
 
 @pytest.mark.parametrize("case", STATISTICS, ids=str)

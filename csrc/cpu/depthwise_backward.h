@@ -92,15 +92,14 @@ struct GradientTile {
   bool streamed;
 };
 
-// Adds the residual, stores, and adds the tile's sums to `into` [Q][lane].
+// Adds the residual, stores, and adds the tile's sums to `into` [Q][lane]: one chain of additions over all of an image would lose digits.
 template <class S, Act A, int Q, class Count>
 static void store_input_gradient(const DepthwiseBackward<S>& p, const GradientTile<Accumulate<S>>& t, int64_t c, Count count,
                                  Accumulate<S>* into) {
   using T = Accumulate<S>;
   constexpr int L = kLanes<T>;
   const SumLanes<S> lanes = sum_lanes(p.u, p.sums, c, count);
-  SumVectors<S, Q> sum;
-  for (int q = 0; q < Q; ++q) sum.at[q] = load(into + q * L);
+  SumVectors<S, Q> sum = {};
   const int64_t stride = p.channels;
   for (int64_t r = 0; r < t.rows; ++r) {
     const T* from = t.data + r * t.row_stride;
@@ -114,7 +113,7 @@ static void store_input_gradient(const DepthwiseBackward<S>& p, const GradientTi
       if constexpr (Q > 0) accumulate<A>(sum, lanes, rounded_to<S>(dv), load(y + i * stride, count));
     }
   }
-  for (int q = 0; q < Q; ++q) store(into + q * L, sum.at[q]);
+  for (int q = 0; q < Q; ++q) store(into + q * L, load(into + q * L) + sum.at[q]);
 }
 template <class S>
 using StoreInputGradient = void (*)(const DepthwiseBackward<S>&, const GradientTile<Accumulate<S>>&, int64_t, int, Accumulate<S>*);
