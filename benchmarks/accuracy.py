@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="where the results go")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="measure nothing: print that folder's results")
     training = parser.add_argument_group("training")
-    training.add_argument("--precision", nargs="+", default=["float32", "autocast"], choices=PRECISIONS)
+    training.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     training.add_argument("--seeds", type=int, default=5)
     training.add_argument("--epochs", type=int, default=10)
     training.add_argument("--size", type=int, default=32, help="side of the images in pixels")

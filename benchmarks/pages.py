@@ -10,13 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cpu_calls, cpu_charts, cpu_scaling, cpu_training, ncu_table, report, report_data, report_tables
+from . import (
+    accuracy,
+    cpu_calls,
+    cpu_charts,
+    cpu_scaling,
+    cpu_training,
+    gradient_errors,
+    ncu_table,
+    report,
+    report_data,
+    report_tables,
+)
 from .cpu_runs import DASH, markdown, table
 from .implementations import TITLES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "benchmarks.md")
+PAGES = (ROOT / "README.md", DOCS / "benchmarks.md", DOCS / "numerics.md")
 RESULTS = ROOT / "benchmarks" / "results"
 #: What a reader of a table need not know of a system; the files tell it.
 UNTOLD = ("device", "load_average", "threads", "cuda_backend", "l2_bytes")
@@ -117,6 +128,9 @@ TABLES: dict[str, Source] = {
     "training": Source((f"{CPU}/training.json",), table),
     "training-memory": Source((f"{CPU}/training.json",), cpu_training.memory_table),
     "calls": Source((f"{CPU}/calls.json",), cpu_calls.table),
+    "training-accuracy": Source((f"{CPU}/accuracy.json",), accuracy.training_table),
+    "gradients": Source((f"{CPU}/gradients.json",), gradient_errors.table),
+    "gradients-above": Source((f"{CPU}/gradients.json",), gradient_errors.above_table),
     "h100-summary": Source(H100, gpu_summary),
     "h100": Source(H100, gpu_networks),
 }

@@ -160,6 +160,7 @@ def test_denormals_are_numbers(host: Host, small: str) -> None:
     assert host.launches() > 0
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the overflow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_overflow(host: Host, dtype: torch.dtype) -> None:
     hold_overflow(Case("depthwise", (2, 8, 6, 5), (dw(3, "relu", eps=0.0),)), dtype)
