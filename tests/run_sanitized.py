@@ -24,7 +24,7 @@ COPIED = ("mbn_kernels", "csrc", "tests", "benchmarks", "examples", "docs", ".ci
 LEFT_OUT = {
     "compile for GPUs and other processors": ("triton_compiled", "cuda_compiled", "cross_compile"),
     "need a GPU, or what stands in for one": ("cuda*", "triton_*"),
-    "look at the ordinary library": ("build",),
+    "look at the ordinary library, and how a process ends without sanitizers": ("build", "memory_bounds"),
     "have a sanitizer that no other may be loaded with": ("team_races",),
     "read pages, tables and results": ("pages", "environment", "contributing", "kept_results", "figures", "report*"),
     "start pytest's benchmarks, where only times are new": ("benchmark_option",),
