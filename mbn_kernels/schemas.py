@@ -11,6 +11,8 @@ they mean.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 _VALUE = "Tensor u_y, Tensor? u_scale, Tensor? u_shift, Tensor? u_gate, int u_act"
@@ -60,6 +62,10 @@ CUDA_SCHEMAS = {
 }
 
 library = torch.library.Library("mbn", "DEF")
+# PyTorch would take the operators away at the process's end, before exit handlers and threads that still run models.
+for _reference in weakref.getweakrefs(library):
+    if isinstance(_reference.__callback__, weakref.finalize):
+        _reference.__callback__.atexit = False
 for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
     library.define(f"{_name}({_arguments}) -> ()")
     torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
