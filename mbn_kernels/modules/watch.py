@@ -42,11 +42,11 @@ class Watch:
         modules = tuple(dict.fromkeys(m for root in roots for m in root.modules()))
         hooks = [*GLOBAL_HOOKS, *(hooks for m in modules for hooks in hooks_of(m))]
         held = [d for m in modules for d in (m.__dict__, m._modules, m._parameters, m._buffers)]
-        notes = [*(id(type(m)) for m in modules), *(0 for _ in hooks)]
-        for d in held:
-            notes += len(d), *(note for name, value in d.items() for note in (id(name), _note(name, value)))
-        # No address comes to be another object's while this lives.
-        self._alive = [*map(type, modules), *(list(d.items()) for d in held)]
+        types, items = list(map(type, modules)), [list(d.items()) for d in held]  # read once: threads may change them
+        notes = [*map(id, types), *(0 for _ in hooks)]
+        for own in items:
+            notes += len(own), *(note for name, value in own for note in (id(name), _note(name, value)))
+        self._alive = types, items  # no address comes to be another object's while this lives
         self._unchanged, self._asked = unchanged, (modules, (*hooks, *held), array("Q", notes).tobytes())
 
     def holds(self) -> bool:
