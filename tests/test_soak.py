@@ -86,7 +86,7 @@ START = """
 
 def test_threads_start_with_one_model_at_once() -> None:
     """The first calls in eight threads, which keep what they were made of, and those after a change."""
-    assert output(run(START, 60)) == "0 []\n"
+    assert output(run(START, 30)) == "0 []\n"
 
 
 SHARE = """
