@@ -33,7 +33,18 @@ def cumulative() -> FusedInvResBlock:
     return FusedInvResBlock(4, 3, 12, 4, False, "relu6", 1, bn_momentum=None)
 
 
-MODULES = {"block": stock.block, "linked": linked, "cumulative momentum": cumulative}
+def one_norm_twice() -> FusedInvResBlock:
+    module = cumulative()
+    module.layers[1][1] = module.layers[0][1]
+    return module
+
+
+MODULES = {
+    "block": stock.block,
+    "linked": linked,
+    "cumulative momentum": cumulative,
+    "one norm twice": one_norm_twice,
+}
 BY_MODULE = pytest.mark.parametrize("name", MODULES)
 
 
@@ -44,17 +55,13 @@ class Lines(NamedTuple):
     every: int = 1
 
 
-COMMIT = Lines(PACKAGE + "/functional.py")  # where running statistics change
+COMMIT = Lines(PACKAGE + "/running.py")  # where running statistics change
 SOME, ALL = Lines(PACKAGE, 61), Lines(PACKAGE)
 SLOW = pytest.mark.slow
-BY_LINES = pytest.mark.parametrize(
-    "lines, error",
-    (
-        pytest.param(COMMIT, KeyboardInterrupt, id="functional.py"),
-        pytest.param(SOME, KeyboardInterrupt, id="some"),
-        pytest.param(ALL, KeyboardInterrupt, id="all", marks=SLOW),
-        pytest.param(ALL, MemoryError, id="all-MemoryError", marks=SLOW),
-    ),
+ANYWHERE = (
+    pytest.param(SOME, KeyboardInterrupt, id="some"),
+    pytest.param(ALL, KeyboardInterrupt, id="all", marks=SLOW),
+    pytest.param(ALL, MemoryError, id="all-MemoryError", marks=SLOW),
 )
 
 
@@ -118,7 +125,7 @@ def assert_goes_on(module: nn.Module, fresh: nn.Module, x: Tensor) -> None:
     assert are_equal(stock.step(module, x), stock.step(twin, x))
 
 
-@BY_LINES
+@pytest.mark.parametrize("lines, error", (pytest.param(COMMIT, KeyboardInterrupt, id="running.py"), *ANYWHERE))
 @BY_MODULE
 def test_a_training_step_interrupted_at_a_line(name: str, lines: Lines, error: type[BaseException]) -> None:
     fresh, x, tried = stock.randomize(MODULES[name]()), stock.make_input(), []
@@ -140,7 +147,7 @@ def test_a_training_step_interrupted_at_a_line(name: str, lines: Lines, error: t
     assert len(seen) > 1 or lines is COMMIT  # some were interrupted before their statistics changed, others after
 
 
-@BY_LINES
+@pytest.mark.parametrize("lines, error", ANYWHERE)
 @BY_MODULE
 def test_an_evaluation_interrupted_at_a_line(name: str, lines: Lines, error: type[BaseException]) -> None:
     """The first call, which keeps what it was made of, the next, which finds that, and one after a weight changed."""
