@@ -26,6 +26,7 @@ LEFT_OUT = {
     "need a GPU, or what stands in for one": ("cuda*", "triton_*"),
     "look at the ordinary library, and how a process ends without sanitizers": ("build", "memory_bounds"),
     "have a sanitizer that no other may be loaded with": ("team_races",),
+    "take memory away, which a sanitizer needs, or count it": ("out_of_memory", "soak"),
     "read pages, tables and results": ("pages", "environment", "contributing", "kept_results", "figures", "report*"),
     "start pytest's benchmarks, where only times are new": ("benchmark_option",),
 }
