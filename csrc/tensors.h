@@ -30,10 +30,18 @@ std::string text_of(const Sizes& sizes) {
   return text + "]";
 }
 
+// A schema takes None for a tensor.
+inline void check_defined(const char* op, const char* name, const Tensor& t) {
+  MBN_CHECK(t.defined(), op, ": ", name, ": expected a tensor, got none");
+}
+
 inline void check_kind(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
+  check_defined(op, name, t);
   MBN_CHECK(MBN_IS_ON_DEVICE(t), op, ": ", name, ": expected a " MBN_DEVICE_NAME " tensor, got one on another device");
   MBN_CHECK(t.scalar_type() == dtype, op, ": ", name, ": expected ", torch::headeronly::toString(dtype), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
+  // Who shards parameters frees their storage and leaves the tensor as it is.
+  MBN_CHECK(t.const_data_ptr() != nullptr || t.numel() == 0, op, ": ", name, ": expected a tensor with memory, got one whose memory was freed");
 }
 
 // The strides of dimensions of size 1 mean nothing, nor do those of an empty tensor.

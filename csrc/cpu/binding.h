@@ -3,11 +3,62 @@
 
 #define MBN_DEVICE_NAME "CPU"
 #define MBN_IS_ON_DEVICE(tensor) (tensor).is_cpu()
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include "kernels.h"
 #include "tensors.h"
 
 namespace mbn {
 namespace binding {
+
+// A tensor's first number and the bytes from there to its last.
+struct Memory {
+  const char *name, *begin;
+  int64_t bytes;
+  bool overlaps(const Memory& other) const { return bytes > 0 && other.bytes > 0 && begin < other.begin + other.bytes && other.begin < begin + bytes; }
+};
+// All of it lies in the tensor's storage, which may have been made smaller since.
+inline Memory memory_of(const char* op, const char* name, const Tensor& t, int64_t itemsize) {
+  Memory memory = {name, static_cast<const char*>(t.const_data_ptr()), t.numel() > 0 ? itemsize : 0};
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; memory.bytes > 0 && i < sizes.size(); ++i) memory.bytes += (sizes[i] - 1) * strides[i] * itemsize;
+  int64_t offset, stored;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
+  MBN_CHECK(memory.bytes == 0 || offset * itemsize + memory.bytes <= stored, op, ": ", name, ": expected a storage of at least ",
+            offset * itemsize + memory.bytes, " bytes, got ", stored);
+  return memory;
+}
+
+// An operator's call: its name, and the memory of its arguments, none of which may lie in what it writes.
+class Call {
+ public:
+  explicit Call(const char* op) : op_(op) {}
+  operator const char*() const { return op_; }
+
+  const void* read(const char* name, const Tensor& t, int64_t itemsize) { return add(memory_of(op_, name, t, itemsize), false); }
+  void* write(const char* name, const Tensor& t, int64_t itemsize) {
+    add(memory_of(op_, name, t, itemsize), true);
+    return t.mutable_data_ptr();
+  }
+
+ private:
+  static constexpr int kMost = 32;
+  const void* add(const Memory& memory, bool written) {
+    for (int i = 0; i < count_; ++i) {
+      MBN_CHECK(!(written || written_[i]) || !memory.overlaps(memory_[i]), op_, ": ", (written ? memory : memory_[i]).name,
+                ": expected memory of its own, got some that is also ", (written ? memory_[i] : memory).name, "'s");
+    }
+    MBN_CHECK(count_ < kMost, op_, ": expected at most ", kMost, " tensors, got more");
+    written_[count_] = written;
+    memory_[count_++] = memory;
+    return memory.begin;
+  }
+  const char* op_;
+  Memory memory_[kMost];
+  bool written_[kMost];
+  int count_ = 0;
+};
 
 template <class S>
 constexpr ScalarType kDtype = ScalarType::Undefined;
@@ -23,42 +74,54 @@ constexpr ScalarType kDtype<int64_t> = ScalarType::Long;
 
 // Activations [N, C, H, W] of storage type S, dense channels-last.
 template <class S>
-const S* activations(const char* op, const char* name, const Tensor& t, const Shape& shape) {
+const S* activations(Call& op, const char* name, const Tensor& t, const Shape& shape) {
   check_activations(op, name, t, kDtype<S>, shape);
-  return static_cast<const S*>(t.const_data_ptr());
+  return static_cast<const S*>(op.read(name, t, sizeof(S)));
 }
 template <class S>
-S* activations_out(const char* op, const char* name, const Tensor& t, const Shape& shape) {
+S* activations_out(Call& op, const char* name, const Tensor& t, const Shape& shape) {
   check_activations(op, name, t, kDtype<S>, shape);
-  return static_cast<S*>(t.mutable_data_ptr());
+  return static_cast<S*>(op.write(name, t, sizeof(S)));
 }
 // Anything else (weights, per-channel vectors, gates, sums), contiguous with exactly `numel` elements of type T.
 template <class T>
-const T* dense(const char* op, const char* name, const Tensor& t, int64_t numel) {
+const T* dense(Call& op, const char* name, const Tensor& t, int64_t numel) {
   check_dense(op, name, t, kDtype<T>, numel);
-  return static_cast<const T*>(t.const_data_ptr());
+  return static_cast<const T*>(op.read(name, t, sizeof(T)));
+}
+template <class T>
+T* dense_out(Call& op, const char* name, const Tensor& t, int64_t numel) {
+  check_dense(op, name, t, kDtype<T>, numel);
+  return static_cast<T*>(op.write(name, t, sizeof(T)));
+}
+
+// Of a call in which nothing can lie in what is written.
+template <class T>
+const T* dense(const char* op, const char* name, const Tensor& t, int64_t numel) {
+  Call call(op);
+  return dense<T>(call, name, t, numel);
 }
 template <class T>
 T* dense_out(const char* op, const char* name, const Tensor& t, int64_t numel) {
-  check_dense(op, name, t, kDtype<T>, numel);
-  return static_cast<T*>(t.mutable_data_ptr());
+  Call call(op);
+  return dense_out<T>(call, name, t, numel);
 }
 
 // The same where the tensor may be absent.
 template <class S>
-const S* activations(const char* op, const char* name, const OptionalTensor& t, const Shape& shape) {
+const S* activations(Call& op, const char* name, const OptionalTensor& t, const Shape& shape) {
   return t ? activations<S>(op, name, *t, shape) : nullptr;
 }
 template <class S>
-S* activations_out(const char* op, const char* name, const OptionalTensor& t, const Shape& shape) {
+S* activations_out(Call& op, const char* name, const OptionalTensor& t, const Shape& shape) {
   return t ? activations_out<S>(op, name, *t, shape) : nullptr;
 }
 template <class T>
-const T* dense(const char* op, const char* name, const OptionalTensor& t, int64_t numel) {
+const T* dense(Call& op, const char* name, const OptionalTensor& t, int64_t numel) {
   return t ? dense<T>(op, name, *t, numel) : nullptr;
 }
 template <class T>
-T* dense_out(const char* op, const char* name, const OptionalTensor& t, int64_t numel) {
+T* dense_out(Call& op, const char* name, const OptionalTensor& t, int64_t numel) {
   return t ? dense_out<T>(op, name, *t, numel) : nullptr;
 }
 
@@ -69,7 +132,7 @@ inline Act activation(const char* op, const char* name, int64_t act) {
 
 // u_*: `shape` is that of u_y.
 template <class S>
-Value<S> value(const char* op, const Shape& shape, const Tensor& y, const OptionalTensor& scale, const OptionalTensor& shift,
+Value<S> value(Call& op, const Shape& shape, const Tensor& y, const OptionalTensor& scale, const OptionalTensor& shift,
                const OptionalTensor& gate, int64_t act) {
   using T = Accumulate<S>;
   MBN_CHECK(scale.has_value() == shift.has_value(), op, ": u_shift: expected u_scale and u_shift together, got one of them");
@@ -84,7 +147,7 @@ Value<S> value(const char* op, const Shape& shape, const Tensor& y, const Option
 
 // g_*: `shape` is that of g_dv.
 template <class S>
-Gradient<S> gradient(const char* op, const Shape& shape, const Tensor& dv, const OptionalTensor& y, const OptionalTensor& scale,
+Gradient<S> gradient(Call& op, const Shape& shape, const Tensor& dv, const OptionalTensor& y, const OptionalTensor& scale,
                      const OptionalTensor& shift, const OptionalTensor& gate, int64_t act, const OptionalTensor& q,
                      const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& c) {
   using T = Accumulate<S>;
@@ -108,7 +171,7 @@ Gradient<S> gradient(const char* op, const Shape& shape, const Tensor& dv, const
 
 // Sums at a value of this shape; `gated` where that value has a gate: [5, N, C], else [2, C].
 template <class S>
-Sums<S> sums(const char* op, const Shape& shape, bool gated, const OptionalTensor& mean, const OptionalTensor& rstd,
+Sums<S> sums(Call& op, const Shape& shape, bool gated, const OptionalTensor& mean, const OptionalTensor& rstd,
              const OptionalTensor& out) {
   using T = Accumulate<S>;
   MBN_CHECK(mean.has_value() == rstd.has_value(), op, ": rstd: expected mean and rstd together, got one of them");
@@ -127,6 +190,7 @@ struct StorageTag {
 // Calls f(StorageTag<S>{}) for the storage type of `t`.
 template <class F>
 void by_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
+  check_defined(op, name, t);
   switch (t.scalar_type()) {
     case ScalarType::Float: return f(StorageTag<float>{});
     case ScalarType::Double: return f(StorageTag<double>{});

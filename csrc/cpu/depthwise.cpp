@@ -55,7 +55,7 @@ void set_shape(P& p, const Shape& in, const Shape& out, const Window& window) {
 void depthwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor& u_shift, const OptionalTensor& u_gate,
                        int64_t u_act, const Tensor& weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
                        std::vector<int64_t> dilation, const Tensor& y, const OptionalTensor& mean, const OptionalTensor& var) {
-  constexpr const char* op = "depthwise_forward";
+  Call op("depthwise_forward");
   by_dtype(op, "u_y", u_y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;
@@ -81,7 +81,7 @@ void depthwise_backward(const Tensor& g_dv, const OptionalTensor& g_y, const Opt
                         std::vector<int64_t> padding, std::vector<int64_t> dilation, const Tensor& weight,
                         const OptionalTensor& residual, const OptionalTensor& mean, const OptionalTensor& rstd,
                         const OptionalTensor& du, const OptionalTensor& sums, const OptionalTensor& dweight) {
-  constexpr const char* op = "depthwise_backward";
+  Call op("depthwise_backward");
   by_dtype(op, "u_y", u_y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;

@@ -15,7 +15,7 @@ void set_shape(P& p, const Shape& shape) {
 
 void pool(const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor& u_shift, const OptionalTensor& u_gate, int64_t u_act,
           const Tensor& pooled) {
-  constexpr const char* op = "pool";
+  Call op("pool");
   by_dtype(op, "u_y", u_y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const Shape shape = shape_of(op, "u_y", u_y);
@@ -29,7 +29,7 @@ void pool(const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor
 
 void materialize(const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor& u_shift, const OptionalTensor& u_gate,
                  int64_t u_act, const OptionalTensor& residual, const Tensor& out) {
-  constexpr const char* op = "materialize";
+  Call op("materialize");
   by_dtype(op, "u_y", u_y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const Shape shape = shape_of(op, "u_y", u_y);
@@ -45,7 +45,7 @@ void materialize(const Tensor& u_y, const OptionalTensor& u_scale, const Optiona
 void materialize_gradient(const Tensor& g_dv, const OptionalTensor& g_y, const OptionalTensor& g_scale, const OptionalTensor& g_shift,
                           const OptionalTensor& g_gate, int64_t g_act, const OptionalTensor& g_q, const OptionalTensor& g_a,
                           const OptionalTensor& g_b, const OptionalTensor& g_c, const OptionalTensor& residual, const Tensor& out) {
-  constexpr const char* op = "materialize_gradient";
+  Call op("materialize_gradient");
   by_dtype(op, "g_dv", g_dv, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const Shape shape = shape_of(op, "g_dv", g_dv);
@@ -59,7 +59,7 @@ void materialize_gradient(const Tensor& g_dv, const OptionalTensor& g_y, const O
 }
 
 void statistics(const Tensor& y, const Tensor& mean, const Tensor& var) {
-  constexpr const char* op = "statistics";
+  Call op("statistics");
   by_dtype(op, "y", y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const Shape shape = shape_of(op, "y", y);
@@ -76,7 +76,7 @@ void statistics(const Tensor& y, const Tensor& mean, const Tensor& var) {
 void reduce_gradient(const Tensor& dv, const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor& u_shift,
                      const OptionalTensor& u_gate, int64_t u_act, const OptionalTensor& mean, const OptionalTensor& rstd,
                      const Tensor& sums) {
-  constexpr const char* op = "reduce_gradient";
+  Call op("reduce_gradient");
   by_dtype(op, "u_y", u_y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const Shape shape = shape_of(op, "u_y", u_y);

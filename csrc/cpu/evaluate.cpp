@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 
 #include "evaluate_params.h"
 
@@ -142,16 +143,17 @@ void run(const Tensor& x, const std::vector<Stage<S>>& stages, const std::vector
   const std::vector<Step<S>> steps = steps_of(stages, blocks, in);
   const Step<S>& last = steps.back();
   Evaluate<S> p = {in.images, int64_t(steps.size()), steps.data()};
+  Call call(op);
   if (steps[0].dense.weight) {
     check_kind(op, "x", x, kDtype<S>);  // any strides
-    p.x = static_cast<const S*>(x.const_data_ptr());
+    p.x = static_cast<const S*>(call.read("x", x, sizeof(S)));
     for (int i = 0; i < 4; ++i) p.x_strides[i] = x.strides()[size_t(i)];
   } else {
-    p.x = activations<S>(op, "x", x, in);
+    p.x = activations<S>(call, "x", x, in);
     const int64_t strides[] = {in.channels * in.pixels(), 1, in.width * in.channels, in.channels};
     for (int i = 0; i < 4; ++i) p.x_strides[i] = strides[i];
   }
-  p.out = activations_out<S>(op, "out", out, {in.images, last.out_channels, last.out_height, last.out_width});
+  p.out = activations_out<S>(call, "out", out, {in.images, last.out_channels, last.out_height, last.out_width});
   if (in.images > 0) kernels_for<S>().evaluation.evaluate(p);
 }
 
@@ -159,8 +161,16 @@ char* packed_memory(const Tensor& packed) {
   check_kind(op, "packed", packed, ScalarType::Float);
   return static_cast<char*>(packed.mutable_data_ptr());
 }
-void check_packed(const Tensor& packed, const Places& places) {
+// Its memory and the output's, apart from each other and from the input's: before anything is written.
+template <class S>
+std::pair<Memory, Memory> check_written(const Tensor& x, const Tensor& packed, const Places& places, const Tensor& out) {
   check_dense(op, "packed", packed, ScalarType::Float, places.used / int64_t(sizeof(float)));
+  check_kind(op, "out", out, kDtype<S>);
+  Call call(op);
+  call.read("x", x, sizeof(S));
+  call.write("packed", packed, sizeof(float));
+  call.write("out", out, sizeof(S));
+  return {memory_of(op, "packed", packed, sizeof(float)), memory_of(op, "out", out, sizeof(S))};
 }
 
 // What an evaluation is of, but for its input.
@@ -178,9 +188,9 @@ void evaluate_chains(const Chains& chains, const Tensor& x, int64_t version, con
   by_dtype(op, "x", x, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const std::vector<Stage<S>> described = stages_of<S>(chains.stages, chains.params, places);
-    check_packed(chains.packed, places);
+    const auto [packed, written] = check_written<S>(x, chains.packed, places, out);
     steps_of(described, chains.blocks, shape_of(op, "x", x));  // refuses what does not fit before anything is written
-    refresh(described, chains.params, eps, version, packed_memory(chains.packed));
+    refresh(described, chains.params, eps, version, packed_memory(chains.packed), packed, written);
     run(x, described, chains.blocks, out);
   });
 }
@@ -200,7 +210,7 @@ void evaluate_packed(const Chains& chains, const Tensor& x, const Tensor& out) {
       MBN_CHECK(positive && w.out <= kMostSize && w.in <= kMostSize && w.squeeze <= kMostSize, op, ": widths: expected positive ones, got others");
       described.push_back(stage_of<S>(codes[i], all[i], places));
     }
-    check_packed(chains.packed, places);
+    check_written<S>(x, chains.packed, places, out);
     run(x, described, chains.blocks, out);
   });
 }

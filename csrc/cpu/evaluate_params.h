@@ -36,7 +36,7 @@ std::vector<Code> codes_of(const char* name, const Tensor& numbers) {
   MBN_CHECK(count > 0 && count % kInts == 0, op, ": ", name, ": expected ", kInts, " integers each, got ", count);
   check_dense(op, name, numbers, ScalarType::Long, count);
   std::vector<Code> codes(static_cast<size_t>(count / kInts));
-  __builtin_memcpy(codes.data(), numbers.const_data_ptr(), size_t(count) * sizeof(int64_t));
+  __builtin_memcpy(codes.data(), memory_of(op, name, numbers, sizeof(int64_t)).begin, size_t(count) * sizeof(int64_t));
   return codes;
 }
 
@@ -187,7 +187,7 @@ std::vector<S> channels_together(const Tensor& weight, int64_t out, int64_t in, 
   MBN_CHECK(weight.dim() == 4 && weight.numel() == out * in * taps, op, ": weight: expected ", out * in * taps, " numbers of 4 dimensions, got size ",
             text_of(weight.sizes()));
   check_kind(op, "weight", weight, kDtype<S>);
-  const S* from = static_cast<const S*>(weight.const_data_ptr());
+  const S* from = reinterpret_cast<const S*>(memory_of(op, "weight", weight, sizeof(S)).begin);
   const auto strides = weight.strides();
   const int64_t width = weight.size(3);
   std::vector<S> to(static_cast<size_t>(out * taps * padded));
@@ -281,22 +281,26 @@ inline uint64_t sampled(uint64_t h, const void* data, int64_t bytes) {
 
 // A parameter's memory, of which each number is one: contiguous, or a convolution's weight in channels-last order.
 template <class T>
-const T* dense_in_any_order(const Tensor& t, int64_t numel) {
+Memory dense_in_any_order(const Tensor& t, int64_t numel) {
   static constexpr int kChannelsLast[] = {0, 2, 3, 1};
-  if (t.dim() != 4 || !dense_in_order(t, kChannelsLast, 4)) return dense<T>(op, "params", t, numel);
+  if (t.dim() != 4 || !dense_in_order(t, kChannelsLast, 4)) check_dense(op, "params", t, kDtype<T>, numel);
   check_kind(op, "params", t, kDtype<T>);
-  return static_cast<const T*>(t.const_data_ptr());
+  return memory_of(op, "params", t, sizeof(T));
 }
 
-inline Origin origin_of(const std::vector<Tensor>& params, const double* eps, size_t stages, int64_t version) {
+// Neither what is packed nor the output may lie in a parameter.
+inline Origin origin_of(const std::vector<Tensor>& params, const double* eps, size_t stages, int64_t version, const Memory& packed, const Memory& out) {
   Origin origin = {1, 0, version};
   for (const Tensor& t : params) {
     by_dtype(op, "params", t, [&](auto tag) {
       using P = typename decltype(tag)::type;
       const int64_t numel = t.numel();
-      const P* data = dense_in_any_order<P>(t, numel);
-      origin.places = mixed(mixed(origin.places, uint64_t(reinterpret_cast<uintptr_t>(data))), uint64_t(numel));
-      if (numel > 0) origin.contents = sampled(origin.contents, data, numel * int64_t(sizeof(P)));
+      const Memory memory = dense_in_any_order<P>(t, numel);
+      for (const Memory& written : {packed, out}) {
+        MBN_CHECK(!memory.overlaps(written), op, ": ", written.name, ": expected memory of its own, got some that is also a parameter's");
+      }
+      origin.places = mixed(mixed(origin.places, uint64_t(reinterpret_cast<uintptr_t>(memory.begin))), uint64_t(numel));
+      if (numel > 0) origin.contents = sampled(origin.contents, memory.begin, numel * int64_t(sizeof(P)));
     });
   }
   origin.contents = sampled(origin.contents, eps, int64_t(stages * sizeof(double)));
@@ -307,8 +311,9 @@ inline Origin origin_of(const std::vector<Tensor>& params, const double* eps, si
 struct Packing;  // whose mutex it holds while it packs
 
 template <class S>
-void refresh(const std::vector<Stage<S>>& stages, const std::vector<Tensor>& params, const double* eps, int64_t version, char* first) {
-  const Origin origin = origin_of(params, eps, stages.size(), version);
+void refresh(const std::vector<Stage<S>>& stages, const std::vector<Tensor>& params, const double* eps, int64_t version, char* first, const Memory& packed,
+             const Memory& out) {
+  const Origin origin = origin_of(params, eps, stages.size(), version, packed, out);
   Origin found;
   const std::lock_guard<std::mutex> lock(fork_safe_mutex<Packing>());
   __builtin_memcpy(&found, first, sizeof found);

@@ -13,6 +13,7 @@ using namespace binding;
 // Calls f(StorageTag<T>{}) for an accumulation type.
 template <class F>
 void by_accumulate_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
+  check_defined(op, name, t);
   switch (t.scalar_type()) {
     case ScalarType::Float: return f(StorageTag<float>{});
     case ScalarType::Double: return f(StorageTag<double>{});
@@ -22,7 +23,7 @@ void by_accumulate_dtype(const char* op, const char* name, const Tensor& t, cons
 
 void norm_forward(const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                   const Tensor& norm) {
-  constexpr const char* op = "norm_forward";
+  Call op("norm_forward");
   MBN_CHECK(weight.has_value() == bias.has_value(), op, ": bias: expected weight and bias together, got one of them");
   by_accumulate_dtype(op, "mean", mean, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -41,7 +42,7 @@ void norm_forward(const Tensor& mean, const Tensor& var, const OptionalTensor& w
 
 void norm_backward(const Tensor& sums, const OptionalTensor& gate, const OptionalTensor& q, const Tensor& norm, int64_t count,
                    const Tensor& dweight, const Tensor& dbias, const OptionalTensor& b, const OptionalTensor& c) {
-  constexpr const char* op = "norm_backward";
+  Call op("norm_backward");
   MBN_CHECK(gate.has_value() == q.has_value(), op, ": q: expected gate and q together, got one of them");
   MBN_CHECK(b.has_value() == c.has_value(), op, ": c: expected b and c together, got one of them");
   MBN_CHECK(count > 0 || !b.has_value(), op, ": count: expected at least 1, got ", count);

@@ -13,7 +13,7 @@ void check_weight(const char* op, const Tensor& weight, int64_t in_channels) {
 
 void pointwise_forward(const Tensor& u_y, const OptionalTensor& u_scale, const OptionalTensor& u_shift, const OptionalTensor& u_gate,
                        int64_t u_act, const Tensor& weight, const Tensor& y, const OptionalTensor& mean, const OptionalTensor& var) {
-  constexpr const char* op = "pointwise_forward";
+  Call op("pointwise_forward");
   by_dtype(op, "u_y", u_y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;
@@ -41,7 +41,7 @@ void pointwise_backward(const Tensor& g_dv, const OptionalTensor& g_y, const Opt
                         const OptionalTensor& u_shift, const OptionalTensor& u_gate, int64_t u_act, const Tensor& weight,
                         const OptionalTensor& residual, const OptionalTensor& mean, const OptionalTensor& rstd,
                         const OptionalTensor& du, const OptionalTensor& sums, const OptionalTensor& dweight) {
-  constexpr const char* op = "pointwise_backward";
+  Call op("pointwise_backward");
   by_dtype(op, "u_y", u_y, [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Accumulate<S>;
