@@ -22,149 +22,13 @@ dgamma, the gate's gradient and so a, b, c follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, Protocol
-from urllib.parse import unquote
 
 import torch
 from torch import Tensor
 
 from . import dense, ranges, synchronize
-
-# Parameters of a stage, in this order; a stage holds those that its fields call for.
-WEIGHT, NORM, RUNNING, BIAS, GATE = (
-    ("weight",),
-    ("bn_weight", "bn_bias"),
-    ("running_mean", "running_var"),
-    ("bias",),
-    ("w1", "b1", "w2", "b2"),
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage computes. ``conv`` is "pointwise", "depthwise", "dense", as a network's stem is, or "none";
-    ``norm`` is "batch", "running" or "none". No chain differentiates, but a backend may evaluate
-    (:meth:`Kernels.evaluates`) the ``conv`` "pool", the mean over the image, and the ``norm`` "bias" of a linear layer.
-    """
-
-    conv: str
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]  # top, bottom, left, right
-    dilation: tuple[int, int]
-    norm: str
-    affine: bool
-    eps: float
-    act: str
-    gate: tuple[str, str] | None  # the activation between the two layers, the gate's own activation
-    group: str | None = None  # name of the process group whose processes share the statistics of "batch"
-
-    @property
-    def kind(self) -> str:
-        """What profiles call it."""
-        return "gate" if self.conv == "none" else self.conv
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        names = () if self.conv in ("none", "pool") else WEIGHT
-        names += NORM if self.affine else ()
-        names += RUNNING if self.norm == "running" else BIAS if self.norm == "bias" else ()
-        return names + (GATE if self.gate else ())
-
-    def output_shape(self, shape: Sequence[int], weight: Sequence[int] | None) -> tuple[int, int, int, int]:
-        n, c, h, w = shape
-        if self.conv == "pool":
-            return n, c, 1, 1
-        if self.conv == "pointwise":
-            return n, weight[0], h, w
-        if self.conv in ("depthwise", "dense"):
-            c = weight[0] if self.conv == "dense" else c
-            top, bottom, left, right = self.padding
-            h = (h + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
-            w = (w + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
-        return n, c, h, w
-
-
-def stage_spec(
-    conv: str,
-    *,
-    kernel: tuple[int, int] = (1, 1),
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    norm: str = "none",
-    affine: bool = False,
-    eps: float = 0.0,
-    act: str = "identity",
-    gate: tuple[str, str] | None = None,
-    group: str | None = None,
-) -> str:
-    """One stage as text. The operators take a chain as text because a string is what a schema, a graph and a cache can
-    hold. ``group`` is the name of a process group (``ProcessGroup.group_name``), for ``norm`` "batch" only.
-    """
-    # Taken from a set, eps is a constant to torch.compile; where modules differ in it, it would else be a symbol, and
-    # those have no text.
-    (eps,) = frozenset((eps,))
-    gate_text = f"{gate[0]}/{gate[1]}" if gate else "-"
-    # Fields are divided by spaces; any name may have been given to a group.
-    norm_text = norm if group is None else f"{norm}@{group.replace('%', '%25').replace(' ', '%20')}"
-    return (
-        f"{conv} {kernel[0]},{kernel[1]} {stride[0]},{stride[1]} {padding[0]},{padding[1]},{padding[2]},{padding[3]} "
-        f"{dilation[0]},{dilation[1]} {norm_text} {int(affine)} {eps} {act} {gate_text}"
-    )
-
-
-def chain_spec(name: str, stages: Sequence[str]) -> str:
-    """A chain as text: the name that errors and profiles show, then its stages."""
-    return name + ": " + "; ".join(stages)
-
-
-@dataclass(frozen=True, eq=False)
-class Chain:
-    """A parsed chain. There is one object per text, compared by identity: what depends on a chain alone is cached by
-    it.
-    """
-
-    name: str
-    stages: tuple[Stage, ...]
-
-
-@lru_cache(maxsize=4096)
-def parse(spec: str) -> Chain:
-    """The inverse of :func:`chain_spec`."""
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(t) for t in text.split(","))
-
-    name, _, body = spec.partition(": ")
-    stages = []
-    for text in body.split("; "):
-        conv, kernel, stride, padding, dilation, norm_text, affine, eps, act, gate = text.split(" ")
-        norm, shared, group = norm_text.partition("@")
-        stages.append(
-            Stage(
-                conv,
-                numbers(kernel),
-                numbers(stride),
-                numbers(padding),
-                numbers(dilation),
-                norm,
-                affine == "1",
-                float(eps),
-                act,
-                None if gate == "-" else tuple(gate.split("/")),
-                unquote(group) if shared else None,
-            )
-        )
-    return Chain(name, tuple(stages))
-
-
-def stage_parameters(stages: Sequence[Stage], flat: Sequence) -> list[dict]:
-    """Splits a flat list (tensors, shapes, flags) into one dict per stage, by parameter name."""
-    items = iter(flat)
-    return [{name: next(items) for name in stage.parameter_names} for stage in stages]
+from .stages import Chain, Stage, chain_spec, parse, stage_parameters, stage_spec  # noqa: F401  (a chain is also text)
 
 
 class Value(NamedTuple):
@@ -265,6 +129,17 @@ class Kernels(Protocol):
     def depthwise_backward(
         self, g: Gradient, weight, stage, u: Value, norm, residual, want_du, want_sums, want_dweight
     ): ...
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """As the kernels take it. Where it has to be copied, PyTorch would read memory that was freed, as of a sharded
+    parameter, and end the process.
+    """
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return t
+    if t.numel() and not t.untyped_storage().nbytes():
+        raise RuntimeError("channels_last: t: expected a tensor with memory, got one whose memory was freed")
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

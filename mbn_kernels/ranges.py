@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .errors import fail, short
+
 if TYPE_CHECKING:
     from .chain import Chain
 
@@ -37,6 +39,8 @@ def enable(wanted: bool = True) -> None:
     ['mbn::Example/0.depthwise/forward']
     """
     global on
+    if not isinstance(wanted, bool):
+        fail("enable", "wanted", "True or False", short(wanted), TypeError)
     on = wanted
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..chain import Kernels
+from ..errors import fail, short
 from . import cpu, cuda, triton
 from .reference import ReferenceKernels
 
@@ -94,8 +95,8 @@ def empty_cache() -> None:
 
 def get(name: str) -> Backend:
     """The backend of that name; ValueError for an unknown one, RuntimeError for one that cannot be used here."""
-    if name not in _LOADERS:
-        raise ValueError(f"use_backend: name: expected one of {', '.join(_LOADERS)}, got {name!r}")
+    if not isinstance(name, str) or name not in _LOADERS:
+        fail("use_backend", "name", f"one of {', '.join(_LOADERS)}", short(name))
     backend = _backend(name)
     if backend.missing:
         raise RuntimeError(f"use_backend: {name}: {backend.missing}")
