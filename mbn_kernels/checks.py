@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .activations import ACTIVATIONS
-from .chain import BIAS, RUNNING, Stage, accumulate_dtype, stage_parameters
-
-
-def fail(op: str, argument: str, expected: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
-    raise kind(f"{op}: {argument}: expected {expected}, got {got}")
+from .chain import accumulate_dtype
+from .errors import fail, short
+from .stages import BIAS, MOST, RUNNING, Chain, Stage, parse, stage_parameters
 
 
 def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) -> None:
@@ -25,43 +26,106 @@ def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) 
 
 def check_bool(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, bool):
-        fail(op, argument, "True or False", repr(value), TypeError)
+        fail(op, argument, "True or False", short(value), TypeError)
 
 
-def check_number(op: str, argument: str, value: Any, *, least: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(op, argument, "a number", repr(value), TypeError)
-    if least is not None and not value >= least:
-        fail(op, argument, f"at least {least:g}", value)
+def number(
+    op: str,
+    argument: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = math.inf,
+) -> float:
+    """A finite number of any library, also a tensor of one, as a float; no bool, and no text."""
+    if type(value) not in (float, int):
+        # As torch takes them: a NumPy number, or a tensor without dimensions.
+        several = isinstance(value, Tensor) and value.dim() > 0
+        logical = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+        if several or logical or isinstance(value, (str, bytes)) or not hasattr(type(value), "__float__"):
+            fail(op, argument, "a number", short(value), TypeError)
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError):  # of several numbers, complex, on the meta device
+        fail(op, argument, "a number", short(value), TypeError)
+    except OverflowError:
+        fail(op, argument, "a number that a float holds", short(value))
+    if not -math.inf < found < math.inf:  # nor NaN; torch.compile traces it where it is a symbol
+        fail(op, argument, "a finite number", short(value))
+    if least is not None and found < least:
+        fail(op, argument, f"at least {least:g}", short(value))
+    if above is not None and found <= above:
+        fail(op, argument, f"more than {above:g}", short(value))
+    if found > most:
+        fail(op, argument, f"at most {most:g}", short(value))
+    return found
 
 
 def check_act(op: str, argument: str, name: Any) -> None:
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        fail(op, argument, f"one of {', '.join(ACTIVATIONS)}", repr(name))
+        fail(op, argument, f"one of {', '.join(ACTIVATIONS)}", short(name))
+
+
+def _index(value: Any) -> int | None:
+    """The int that an integer of any library is, also a tensor of one, as torch does; None for a bool and others."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: on the meta device
+        return None
+
+
+def integer(op: str, argument: str, value: Any, least: int = 1, most: int = MOST) -> int:
+    """An int from ``least`` to ``most``, of any library's integer."""
+    found = _index(value)
+    if found is None:
+        fail(op, argument, "an integer", short(value), TypeError)
+    return _between(op, argument, found, least, most, value)
+
+
+def _between(op: str, argument: str, found: int, least: int, most: int, value: Any) -> int:
+    if found < least:
+        fail(op, argument, f"at least {least}", short(value))
+    if found > most:
+        fail(op, argument, f"at most {most}", short(value))
+    return found
 
 
 def integers(op: str, argument: str, value: Any, counts: Sequence[int], least: int) -> tuple[int, ...]:
-    """An int, or a sequence of as many ints as one of ``counts``, each at least ``least``; an int is repeated
-    counts[0] times.
+    """An int, or a sequence of 1 or as many ints as one of ``counts``, each from ``least`` to ``MOST``; a single one
+    is repeated counts[0] times.
     """
-    values = (value,) * counts[0] if isinstance(value, int) else value
-    if not isinstance(values, (tuple, list)) or len(values) not in counts:
+    single = _index(value)
+    values = (single,) if single is not None else value
+    if not isinstance(values, (tuple, list)) or len(values) not in (1, *counts):
         lengths = " or ".join(str(c) for c in counts)
-        fail(op, argument, f"an integer or {lengths} integers", repr(value), TypeError)
-    for v in values:
-        if isinstance(v, bool) or not isinstance(v, int):
-            fail(op, argument, "integers", repr(value), TypeError)
-        if v < least:
-            fail(op, argument, f"at least {least}", repr(value))
-    return tuple(values)
+        fail(op, argument, f"an integer or {lengths} integers", short(value), TypeError)
+    found = [_index(v) for v in values]
+    if None in found:
+        fail(op, argument, "integers", short(value), TypeError)
+    for v in found:
+        _between(op, argument, v, least, MOST, value)
+    return tuple(found) * (counts[0] if len(found) == 1 else 1)
+
+
+def check_dense(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_quantized or t.is_nested:
+        kind = "a quantized one" if t.is_quantized else "a nested one" if t.is_nested else f"layout {t.layout}"
+        fail(op, name, "a dense tensor", kind, TypeError)
 
 
 def check_beside(op: str, name: str, t: Tensor, x: Tensor) -> None:
     """Checks a parameter: dense, on x's device, of x's dtype or (but for a weight) the one that x accumulates in."""
+    check_tensor(op, name, t)
     if t.device != x.device:
         fail(op, name, f"a tensor on {x.device} as x is", f"one on {t.device}")
-    if t.layout != torch.strided:
-        fail(op, name, "a dense tensor", f"layout {t.layout}", TypeError)
+    check_dense(op, name, t)
+    if isinstance(t, FakeTensor) and not isinstance(x, FakeTensor):
+        fail(op, name, "a tensor with memory, as x is one", "a FakeTensor", TypeError)
     wider = accumulate_dtype(x.dtype)
     if t.dtype != x.dtype and (name == "weight" or t.dtype != wider):
         also = "" if name == "weight" or wider == x.dtype else f" or {wider}"
@@ -75,9 +139,7 @@ def check_chain(
     shape.
     """
     check_input(op, x)
-    count = sum(len(stage.parameter_names) for stage in stages)
-    if len(params) != count:
-        fail(op, "params", f"{count} tensors", len(params))
+    check_count(op, stages, params)
     shape = tuple(x.shape)
     for stage, p in zip(stages, stage_parameters(stages, params), strict=True):
         shape = _check_stage(op, x, shape, stage, p)
@@ -86,14 +148,145 @@ def check_chain(
     return shape
 
 
+def check_count(op: str, stages: Sequence[Stage], params: Sequence[Tensor]) -> None:
+    """Checks that there are as many parameters as the stages have."""
+    count = sum(len(stage.parameter_names) for stage in stages)
+    if len(params) != count:
+        fail(op, "params", f"{count} tensors", len(params))
+
+
+def check_kinds(chain: Chain, x: Tensor, params: Sequence[Tensor]) -> None:
+    """Checks what holds for a chain's tensors before an autocast, too, and whatever device they are on."""
+    check_input(chain.name, x)
+    check_count(chain.name, chain.stages, params)
+    names = [name for stage in chain.stages for name in stage.parameter_names]
+    for name, t in zip(names, params, strict=True):
+        check_tensor(chain.name, name, t)
+        check_dense(chain.name, name, t)
+
+
+def check_dispatched(chain: Chain, x: Tensor, params: Sequence[Tensor]) -> None:
+    """Checks why the dispatcher might not have found a kernel, or a cast have failed."""
+    check_kinds(chain, x, params)
+    check_memory(chain.name, "x", x)
+    check_memories(chain, params)
+    if isinstance(x, FakeTensor) and not all(isinstance(p, FakeTensor) for p in params):
+        fail(chain.name, "params", "FakeTensors, as x is one", "others", TypeError)
+
+
 def check_input(op: str, x: Tensor) -> None:
     """Checks that x is dense, of floating point, and ``[N, C, H, W]``."""
-    if x.layout != torch.strided or x.is_quantized:
-        fail(op, "x", "a dense tensor", "a quantized one" if x.is_quantized else f"layout {x.layout}", TypeError)
+    check_dense(op, "x", x)
     if not x.dtype.is_floating_point:
         fail(op, "x", "a floating-point tensor", x.dtype, TypeError)
+    if x.dtype.itemsize < 2:
+        fail(op, "x", "a floating-point tensor of at least 16 bits", x.dtype, TypeError)
     if x.dim() != 4:
         fail(op, "x", "4 dimensions (N, C, H, W)", f"{x.dim()}")
+
+
+def check_addend(op: str, name: str, t: Tensor) -> None:
+    """Checks a tensor that is added to an output: of any dtype that PyTorch adds to it without losing its kind."""
+    check_dense(op, name, t)
+    if not t.dtype.is_floating_point or t.dtype.itemsize < 2:
+        fail(op, name, "a floating-point tensor of at least 16 bits", t.dtype, TypeError)
+
+
+def check_call(op: str, x: Any, params: Any, running: Any, residual: Any) -> None:
+    """Checks what an eager call of a chain is given, before a tensor is asked for anything."""
+    check_tensor(op, "x", x)
+    if not isinstance(params, (list, tuple)) or not all(isinstance(p, Tensor) for p in params):
+        fail(op, "params", "a list of tensors", short(params), TypeError)
+    if not isinstance(running, (list, tuple)) or not all(isinstance(r, tuple) and len(r) == 4 for r in running):
+        fail(op, "running", "a list of Running", short(running), TypeError)
+    check_bool(op, "residual", residual)
+
+
+def check_links(x: Any, chains: Any) -> None:
+    """Checks that chains can leave their last value to the next."""
+    op = "run_linked"
+    if not isinstance(chains, (list, tuple)) or not all(isinstance(c, (list, tuple)) and len(c) == 3 for c in chains):
+        fail(op, "chains", "(spec, parameters, running statistics) of each chain", short(chains), TypeError)
+    for i, (spec, params, running) in enumerate(chains):
+        check_call(op, x, params, running, False)
+        last = parse(spec).stages[-1]
+        if i + 1 < len(chains) and (last.norm == "none" or last.gate):
+            fail(op, "chains", "chains of which all but the last end in a norm without a gate", short(spec))
+        if any(stage.group is not None for stage in parse(spec).stages):
+            fail(op, "chains", "chains that share no statistics", short(spec))
+
+
+def check_no_gradient(op: str, running: Sequence[tuple]) -> None:
+    """Checks that no gradient is wanted of statistics that a batch updates; stock refuses them, too."""
+    for r in running:
+        for name, t in zip(RUNNING, r, strict=False):
+            if getattr(t, "requires_grad", False):
+                fail(op, name, "a tensor that wants no gradient", "one that requires grad")
+
+
+def check_statistics(batches: Sequence[tuple]) -> None:
+    """Checks that a batch's statistics can be taken in: (running, mean, variance) of each batch norm."""
+    op = "update_running"
+    for r, *found in batches:
+        if not isinstance(r, tuple) or len(r) != 4:
+            fail(op, "running", "a list of Running", short(r), TypeError)
+        for name, t, of_batch in zip(RUNNING, r, found, strict=False):
+            if t is None and r[0] is r[1]:
+                continue
+            check_tensor(op, name, t)
+            check_addend(op, name, t)
+            if t.shape != of_batch.shape or t.device != of_batch.device:
+                fail(op, name, f"shape {tuple(of_batch.shape)} on {of_batch.device}", f"{tuple(t.shape)} on {t.device}")
+            _check_writable(op, name, t)
+            check_memory(op, name, t)
+
+
+def _check_writable(op: str, name: str, t: Tensor) -> None:
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        fail(op, name, "a tensor that may be written to", "one made in inference mode")
+    if t.is_neg():
+        fail(op, name, "a tensor that may be written to", "one that is negated where it is read")
+    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        fail(op, name, "memory of its own for each number", f"strides {t.stride()}")
+
+
+def check_apart(op: str, written: dict[str, Tensor], read: dict[str, Tensor | None]) -> None:
+    """Checks that what is written to shares memory with no other argument."""
+    memory = {name: _memory(t) for name, t in {**written, **read}.items() if t is not None}
+    for name in written:
+        begin, end = memory.pop(name)
+        for other, (first, last) in memory.items():
+            if begin < last and first < end:
+                fail(op, name, "memory of its own", f"some that is also {other}'s")
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    """Where its first number begins and its last one ends; of none, nowhere."""
+    if t.layout != torch.strided or t.is_nested:
+        return 0, 0
+    begin = t.data_ptr()
+    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    return begin, begin + (span * t.itemsize if t.numel() else 0)
+
+
+def check_memory(op: str, name: str, t: Tensor) -> None:
+    """Checks that the tensor's memory was not freed, as who shards parameters frees it."""
+    if t.numel() and not t.untyped_storage().nbytes():
+        fail(op, name, "a tensor with memory", "one whose memory was freed")
+
+
+def check_memories(chain: Chain, params: Sequence[Tensor]) -> None:
+    """:func:`check_memory` of each parameter: for where a kernel found out."""
+    names = [name for stage in chain.stages for name in stage.parameter_names]
+    for name, t in zip(names, params, strict=True):
+        check_memory(chain.name, name, t)
+
+
+def check_fixed(chain: Chain, params: Sequence[Tensor]) -> None:
+    """Checks that no gradient is wanted of running statistics, which have none; nor has stock one."""
+    for i, name in chain.fixed:
+        if params[i].requires_grad:
+            fail(chain.name, name, "a tensor that wants no gradient", "one that requires grad")
 
 
 def _check_stage(op: str, x: Tensor, shape: tuple[int, ...], stage: Stage, p: dict[str, Tensor]) -> tuple[int, ...]:

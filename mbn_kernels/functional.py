@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backends, checks, ops
 from .chain import Link, chain_spec, parse, stage_spec
+from .errors import fail
 from .running import Running, update_running
 
 Pair = int | tuple[int, int]
@@ -42,20 +43,35 @@ def run_chain(
     >>> run_chain(torch.randn(2, 8, 4, 4), spec, [torch.randn(16, 8, 1, 1)]).shape
     torch.Size([2, 16, 4, 4])
     """
-    save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    if not torch.compiler.is_compiling():
+        checks.check_call("run_chain", x, params, running, residual)
+    grad = torch.is_grad_enabled()
+    save = grad and (x.requires_grad or any(p.requires_grad for p in params))
     backend, direct = backends.choose(x.device, x.dtype), runs_directly(x)
 
     def update(statistics: list[Tensor]) -> None:
         if running:
+            if grad and not torch.compiler.is_compiling():
+                checks.check_no_gradient(parse(spec).name, running)
             update_running(running, statistics, x.numel(), () if x.numel() else _shared(spec))
 
     if direct and save:
         return ops.ChainFunction.apply(spec, residual, backend, update, x, *params)
     if direct and not running and evaluates(spec, residual, backend):
         return ops.evaluate_chains(x, (parse(spec),), [params], (residual,), backend)
-    out, statistics, _ = ops.CHAIN(x, list(params), spec, residual, save, backend)
+    out, statistics, _ = _dispatched(x, list(params), spec, residual, save, backend)
     update(statistics)
     return out
+
+
+def _dispatched(x: Tensor, params: list[Tensor], *given) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    if torch.compiler.is_compiling():
+        return ops.CHAIN(x, params, *given)
+    try:
+        return ops.CHAIN(x, params, *given)
+    except (RuntimeError, AssertionError):  # what the dispatcher and modes refuse in words of their own
+        checks.check_dispatched(parse(given[0]), x, params)
+        raise
 
 
 def run_linked(x: Tensor, chains: Sequence[tuple[str, Sequence[Tensor], Sequence[Running]]], backend: str) -> Tensor:
@@ -69,12 +85,15 @@ def run_linked(x: Tensor, chains: Sequence[tuple[str, Sequence[Tensor], Sequence
     >>> torch.allclose(run_linked(x, chains, "cpu"), run_chain(run_chain(x, *chains[0]), *chains[1]), atol=1e-4)
     True
     """
-    rows, act = None, "identity"
+    checks.check_links(x, chains)
+    rows, act, grad = None, "identity", torch.is_grad_enabled()
     for i, (spec, params, running) in enumerate(chains):
         link, values = Link(act, i + 1 < len(chains)), x.numel()
 
-        def update(statistics: list[Tensor], running=running, values: int = values) -> None:
+        def update(statistics: list[Tensor], spec=spec, running=running, values: int = values) -> None:
             if running:
+                if grad:
+                    checks.check_no_gradient(parse(spec).name, running)
                 update_running(running, statistics, values)
 
         found = ops.LinkFunction.apply(spec, link, backend, update, x, rows, *params)
@@ -96,6 +115,7 @@ def evaluates(spec: str, residual: bool, backend: str) -> bool:
     >>> evaluates(running, False, "cpu"), evaluates(batch, False, "cpu")
     (True, False)
     """
+    checks.check_bool("evaluates", "residual", residual)
     return backends.get(backend).kernels.evaluates(parse(spec), residual)
 
 
@@ -109,6 +129,8 @@ def runs_directly(x: Tensor) -> bool:
     ...     runs_directly(torch.randn(1, 8, 4, 4))
     False
     """
+    if not isinstance(x, Tensor):
+        return False
     device = "cpu" if x.is_cpu else x.device.type  # to ask a device for its type takes longer than all the rest
     return not (ops.is_watched(x) or (device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device)))
 
@@ -131,37 +153,42 @@ def _conv_bn_act(
 ) -> Tensor:
     for name, t in (("x", x), ("weight", weight)):
         checks.check_tensor(op, name, t)
+        checks.check_dense(op, name, t)
     norm = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
     for name, t in norm.items():
         checks.check_tensor(op, name, t, optional=True)
     checks.check_act(op, "act", act)
     checks.check_bool(op, "training", training)
-    checks.check_number(op, "momentum", momentum)
-    checks.check_number(op, "eps", eps, least=0)
+    momentum, eps = checks.number(op, "momentum", momentum), checks.number(op, "eps", eps, least=0)
     for a, b in (("bn_weight", "bn_bias"), ("running_mean", "running_var")):
         if (norm[a] is None) != (norm[b] is None):
-            checks.fail(op, b if norm[b] is None else a, f"a tensor, as {a if norm[b] is None else b} is one", "None")
+            fail(op, b if norm[b] is None else a, f"a tensor, as {a if norm[b] is None else b} is one", "None")
     if not training and running_mean is None:
-        checks.fail(op, "running_mean", "a tensor when training is False", "None")
+        fail(op, "running_mean", "a tensor when training is False", "None")
     spec = stage_spec(
         conv,
         **window,
         norm="batch" if training else "running",
         affine=bn_weight is not None,
-        eps=float(eps),
+        eps=eps,
         act=act,
     )
     params = [weight, *(t for t in (bn_weight, bn_bias) if t is not None)]
     if not training:
         params += [running_mean, running_var]
-    running = [Running(running_mean, running_var, float(momentum))] if training else []
+    running = [Running(running_mean, running_var, momentum)] if training else []
     if training and running_mean is not None:
         checks.check_input(op, x)
         channels = weight.shape[0] if weight.dim() else 0
         for name in ("running_mean", "running_var"):
             checks.check_beside(op, name, norm[name], x)
-            if tuple(norm[name].shape) != (channels,):
-                checks.fail(op, name, f"shape ({channels},)", tuple(norm[name].shape))
+            if weight.dim() == 4 and tuple(norm[name].shape) != (channels,):
+                fail(op, name, f"shape ({channels},)", tuple(norm[name].shape))
+        if runs_directly(x):
+            given = {"x": x, "weight": weight, "bn_weight": bn_weight, "bn_bias": bn_bias}
+            for name in ("running_mean", "running_var"):
+                checks.check_memory(op, name, norm[name])
+            checks.check_apart(op, {"running_mean": running_mean, "running_var": running_var}, given)
     if not training and not torch.compiler.is_compiling():
         # The operator checks, too, but a kernel for whole chains in evaluation would take a weight of another rank.
         checks.check_chain(op, x, parse(chain_spec(op, [spec])).stages, params, residual is x)
@@ -206,9 +233,10 @@ def depthwise_conv_bn_act(
     """
     op = "depthwise_conv_bn_act"
     checks.check_tensor(op, "weight", weight)
+    checks.check_dense(op, "weight", weight)
     kernel = tuple(weight.shape[2:]) if weight.dim() == 4 else (1, 1)
     if any(k % 2 == 0 for k in kernel):
-        checks.fail(op, "weight", "an odd kernel size", f"{kernel[0]}x{kernel[1]}")
+        fail(op, "weight", "an odd kernel size", f"{kernel[0]}x{kernel[1]}")
     stride = checks.integers(op, "stride", stride, (2,), 1)
     dilation = checks.integers(op, "dilation", dilation, (2,), 1)
     pads = checks.integers(op, "padding", padding, (2, 4), 0)
@@ -250,15 +278,17 @@ def pointwise_conv_bn_act(
     """
     op = "pointwise_conv_bn_act"
     checks.check_tensor(op, "residual", residual, optional=True)
+    if residual is not None:
+        checks.check_addend(op, "residual", residual)
+        if not torch.compiler.is_compiling():
+            checks.check_memory(op, "residual", residual)
     if residual is not None and residual is not x:
         checks.check_tensor(op, "x", x)
         checks.check_tensor(op, "weight", weight)
         if x.dim() == 4 and weight.dim() == 4:
             shape = (x.shape[0], weight.shape[0], *x.shape[2:])
             if tuple(residual.shape) != shape or residual.device != x.device:
-                checks.fail(
-                    op, "residual", f"shape {shape} on {x.device}", f"{tuple(residual.shape)} on {residual.device}"
-                )
+                fail(op, "residual", f"shape {shape} on {x.device}", f"{tuple(residual.shape)} on {residual.device}")
     norm = (bn_weight, bn_bias, running_mean, running_var)
     return _conv_bn_act(op, x, weight, *norm, {}, "pointwise", act, training, momentum, eps, residual)
 

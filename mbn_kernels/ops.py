@@ -15,7 +15,8 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, chain, ranges
-from .checks import check_chain
+from .checks import check_chain, check_fixed, check_kinds, check_memories, check_memory
+from .errors import fail, short
 from .schemas import library
 
 library.define(
@@ -43,10 +44,6 @@ def is_watched(t: Tensor) -> bool:
     )
 
 
-def _channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def _chain(
     x: Tensor,
     params: Sequence[Tensor],
@@ -61,8 +58,17 @@ def _chain(
     if not save and chosen.kernels.evaluates(parsed, residual):
         return evaluate_chains(x, (parsed,), [params], (residual,), backend), [], []
     _check(parsed, chosen, backend, x, params, residual)
+    if parsed.only_evaluates:
+        expected = "stages that can be differentiated, or one that the backend evaluates"
+        fail(parsed.name, "spec", expected, short(spec), NotImplementedError)
+    if backend == "reference":  # PyTorch reads memory that was freed, and ends the process
+        check_memories(parsed, params)
     params = [p.contiguous() for p in params]
-    return chain.forward(chosen.kernels, _channels_last(x), parsed, params, residual, save, rows, link)
+    try:
+        return chain.forward(chosen.kernels, chain.channels_last(x), parsed, params, residual, save, rows, link)
+    except RuntimeError:
+        check_memories(parsed, params)
+        raise
 
 
 def evaluate_chains(
@@ -80,6 +86,7 @@ def evaluate_chains(
         given = x
         for parsed, own, residual in zip(chains, params, residuals, strict=True):
             shape = _check(parsed, chosen, backend, given, own, residual)
+            check_memories(parsed, own)
             given = x.new_empty(1).expand(shape)  # only its shape is looked at
 
     if not chosen.kernels.evaluate_checks:
@@ -97,6 +104,7 @@ def _check(
     parsed: chain.Chain, chosen: backends.Backend, backend: str, x: Tensor, params, residual: bool
 ) -> tuple[int, ...]:
     shape = check_chain(parsed.name, x, parsed.stages, params, residual)
+    check_memory(parsed.name, "x", x)
     unsupported = chosen.supports(x.device, x.dtype)
     if unsupported:
         raise TypeError(f"{parsed.name}: x: backend {backend!r} expected {unsupported}")
@@ -124,6 +132,24 @@ def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, 
     return out, statistics, saved if save else []
 
 
+def _checked_chain_backward(dout, x, params, saved, spec, residual, needs, backend) -> list[Tensor]:
+    """For callers of the operator: autograd hands over what :func:`_chain` has made."""
+    parsed = chain.parse(spec)
+    shape = _check(parsed, backends.get(backend), backend, x, params, residual)
+    if len(needs) != 1 + len(params):
+        fail(parsed.name, "needs", f"{1 + len(params)} flags", len(needs))
+    if dout.shape != shape or dout.dtype != x.dtype or dout.device != x.device:
+        expected = f"{x.dtype}, {shape} on {x.device}"
+        fail(parsed.name, "dout", expected, f"{dout.dtype}, {tuple(dout.shape)} on {dout.device}")
+    metas = [p.to("meta") for p in params]
+    made = _chain_fake(x.to("meta"), metas, spec, residual, True, backend)[2]
+    expected = [(tuple(t.shape), t.dtype) for t in made]
+    given = [(tuple(t.shape), t.dtype) for t in saved]
+    if expected != given:
+        fail(parsed.name, "saved", short(expected), short(given))
+    return _chain_backward(dout, x, params, saved, spec, residual, needs, backend)
+
+
 def _chain_backward(*given) -> list[Tensor]:
     """The gradients that are wanted, of the schema's arguments."""
     return [g for g in _chain_gradients(*given)[0] if g is not None]
@@ -143,8 +169,8 @@ def _chain_gradients(
     """As :func:`mbn_kernels.chain.backward`, whose last arguments are ``link``."""
     parsed, params = chain.parse(spec), [p.contiguous() for p in params]
     # Hooks on saved tensors, as torch.autograd.graph.save_on_cpu, may give them back in another layout.
-    saved = [_channels_last(t) if t.dim() == 4 else t.contiguous() for t in saved]
-    dout, x, kernels = _channels_last(dout), _channels_last(x), backends.get(backend).kernels
+    saved = [chain.channels_last(t) if t.dim() == 4 else t.contiguous() for t in saved]
+    dout, x, kernels = chain.channels_last(dout), chain.channels_last(x), backends.get(backend).kernels
     return chain.backward(kernels, dout, x, parsed, params, saved, residual, needs, *link)
 
 
@@ -159,6 +185,7 @@ def _setup_context(ctx, inputs, output) -> None:
     _, statistics, saved = output
     if not save:
         raise RuntimeError("mbn::chain: save: expected True where a gradient is required, got False")
+    check_fixed(chain.parse(ctx.spec), params)
     # Statistics and saved tensors are results for the caller and for backward, not functions to differentiate; without
     # this, autograd would also make a zero gradient as large as each of them.
     ctx.mark_non_differentiable(*statistics, *saved)
@@ -193,6 +220,7 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, spec: str, residual: bool, backend: str, update: Callable, x: Tensor, *params: Tensor) -> Tensor:
+        check_fixed(chain.parse(spec), params)
         out, statistics, saved = _chain(x, params, spec, residual, True, backend)
         update(statistics)
         ctx.spec, ctx.residual, ctx.backend, ctx.count = spec, residual, backend, len(params)
@@ -216,6 +244,7 @@ class LinkFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, spec: str, link: chain.Link, backend: str, update: Callable, x: Tensor, rows, *params: Tensor):
+        check_fixed(chain.parse(spec), params)
         out, statistics, saved = _chain(x, params, spec, False, True, backend, rows, link)
         update(statistics)
         ctx.spec, ctx.link, ctx.backend, ctx.count = spec, link, backend, len(params)
@@ -266,6 +295,7 @@ def _autocast(device_type: str):
     def run(x: Tensor, params: Sequence[Tensor], spec: str, residual: bool, save: bool, backend: str):
         dtype = torch.get_autocast_dtype(device_type)
         stages, given = chain.parse(spec).stages, x
+        check_kinds(chain.parse(spec), x, params)  # before a cast makes a floating-point tensor of x
         names = [name for stage in stages for name in stage.parameter_names]
         # As stock's autocast: convolutions run in its dtype, float64 stays, and so does what no convolution takes in.
         if x.dtype != torch.float64 and stages[0].conv != "none":
@@ -280,7 +310,7 @@ def _autocast(device_type: str):
 
 
 library.impl("chain", _chain, "CompositeExplicitAutograd")
-library.impl("chain_backward", _chain_backward, "CompositeExplicitAutograd")
+library.impl("chain_backward", _checked_chain_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("mbn::chain", _chain_fake, lib=library)
 torch.library.register_fake("mbn::chain_backward", _chain_backward_fake, lib=library)
 torch.library.register_autograd("mbn::chain", _differentiate, setup_context=_setup_context, lib=library)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
+from .checks import check_statistics
+from .errors import fail
 
 
 class Running(NamedTuple):
@@ -41,17 +43,22 @@ def update_running(
     >>> running.mean, running.var
     (tensor([1., 2.]), tensor([2., 1.]))
     """
+    if 2 * len(running) != len(statistics):
+        fail("update_running", "running", f"one for each of {len(statistics) // 2} batch norms", len(running))
     batches = list(zip(running, statistics[::2], statistics[1::2], strict=True))
-    if values and _update_at_once(batches):
-        return
+    try:
+        if values and _update_at_once(batches):
+            return
+    except (RuntimeError, AttributeError):  # something that cannot be updated; nothing is yet
+        check_statistics(batches)
+        raise
+    if not torch.compiler.is_compiling():
+        check_statistics(batches)
     kept = [t for r in running for t in r[:2] if t is not None]
     if len({id(t) for t in kept}) == len(kept):
         updates = _updates(batches, values, shared)
     else:
         updates = _updates_in_turn(batches, values, shared)
-    for t in (t for into, _ in updates for t in into):
-        if t.numel() > 1 and 0 in t.stride():  # what PyTorch would find out when the others are changed
-            raise ValueError(f"update_running: running: expected a place for each value, got strides {t.stride()}")
     # The loop is map's own: an interrupt, which Python takes between its instructions, comes before all or after all.
     list(map(torch._foreach_copy_, *zip(*updates, strict=True)) if updates else ())
 

@@ -12,8 +12,11 @@ they mean.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
+
+from .errors import fail
 
 _VALUE = "Tensor u_y, Tensor? u_scale, Tensor? u_shift, Tensor? u_gate, int u_act"
 _GRADIENT = (
@@ -66,9 +69,23 @@ library = torch.library.Library("mbn", "DEF")
 for _reference in weakref.getweakrefs(library):
     if isinstance(_reference.__callback__, weakref.finalize):
         _reference.__callback__.atexit = False
+
+
+def _fake(name: str) -> Callable[..., None]:
+    """Does nothing, for tensors without memory; where others are among them it would leave those unwritten."""
+
+    def run(*arguments: object) -> None:
+        flat = [t for each in arguments for t in (each if isinstance(each, (list, tuple)) else (each,))]
+        found = {t.device for t in flat if isinstance(t, torch.Tensor)}
+        if len(found) > 1:
+            fail(name, "device", "all tensors on one device", " and ".join(sorted(map(str, found))), RuntimeError)
+
+    return run
+
+
 for _name, _arguments in {**KERNEL_SCHEMAS, **CUDA_SCHEMAS}.items():
     library.define(f"{_name}({_arguments}) -> ()")
-    torch.library.register_fake(f"mbn::{_name}", lambda *args, **kwargs: None, lib=library)
+    torch.library.register_fake(f"mbn::{_name}", _fake(_name), lib=library)
 # running, batch: mean and variance in turn; counts: of batches, each grows by 1
 library.define("update_running(Tensor(a!)[] running, Tensor[] batch, float[] momenta, Tensor(b!)[] counts) -> ()")
 library.define("evaluate_size(Tensor[] params, Tensor stages) -> int")

@@ -119,14 +119,12 @@ class Call:
 
     def layout(self, name: str) -> str:
         """Of a tensor by its name in ``Tensors.leaves``, "dout", or that of a running statistic."""
+        stem = self.way == "sequential" and self.parts[0].stages[0].conv == "dense"
+        if stem and (name == "x" or name.startswith("0.")):
+            # It may run as stock, where oneDNN is wrong of some channels-last maps, and batch norm of strided vectors.
+            return "contiguous"
         if name in ("x", "dout"):
             return self.layouts[("x", "dout").index(name) % len(self.layouts)]
-        if (
-            self.way == "sequential"
-            and name.startswith(("0.running", "0.bn_"))
-            and self.parts[0].stages[0].conv == "dense"
-        ):
-            return "contiguous"  # a stem may run as stock, whose batch norm's backward reads beyond others
         of_parameters = self.layouts[2:] or self.layouts
         layout = of_parameters[sum(map(ord, name)) % len(of_parameters)]
         # Biases keep values away from kinks, each channel's in its own way; what is updated needs memory of its own.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
 import stock
 import torch
+from junk import raised
 from torch import Tensor, nn
 
 import mbn_kernels
@@ -19,8 +19,6 @@ from mbn_kernels import (
     FusedSqueezeExcite,
     functional,
 )
-
-SENTENCE = re.compile(r"^(?P<op>\w+): (?P<argument>\w+): [^\n]*expected [^\n]+, got [^\n]+$")
 
 
 def depthwise(**changes) -> Callable[[], object]:
@@ -200,15 +198,6 @@ ALWAYS = (
 
 def name_of(row: tuple) -> str:
     return f"{getattr(row[0], '__qualname__', '').split('.')[0]}-{row[2]}".replace("<lambda>", "module")
-
-
-def raised(call: Callable[[], object], kind: type[Exception]) -> re.Match:
-    with pytest.raises(kind) as error:
-        call()
-    assert type(error.value) is kind
-    message = SENTENCE.match(str(error.value))
-    assert message, f"not one sentence: {error.value}"
-    return message
 
 
 @pytest.mark.parametrize("gradients", (True, False), ids=("gradients", "no-gradients"))

@@ -15,7 +15,8 @@ from torch.autograd.graph import increment_version
 
 from .. import ranges, schemas  # noqa: F401  (the library implements these schemas)
 from ..activations import ACTIVATIONS
-from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype
+from ..chain import Chain, Gradient, Norm, Stage, Value, accumulate_dtype, channels_last
+from ..checks import check_chain, check_memory
 from .reference import empty_channels_last, unbiased
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
@@ -226,7 +227,7 @@ class Prepared:
                 self._shapes.clear()
             shape = self._shapes[x.shape] = self._evaluation.output_shape(x.shape, self._flat)
         if not self._dense:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
         out = _empty(x, shape)
         if ranges.on:
             with ranges.whole(self._operator):
@@ -256,6 +257,12 @@ class Frozen(Prepared):
         self._packed, self._instruction_set = packed, instruction_set()  # which the numbers are packed for
         self._flat = [torch.empty(p.shape, device="meta") for p in of._flat]
         self._hold([], self._evaluation.widths(self._flat))
+
+    def explain(self, op: str, x: Tensor) -> None:
+        """ValueError where x is not what the chains take in."""
+        given = torch.empty(x.shape, device="meta")
+        check_chain(op, given, [stage for stage, _ in self._evaluation.weights], self._flat, False)
+        check_memory(op, "x", x)
 
     def __reduce__(self) -> tuple:
         return _thawed, ({name: value for name, value in self.__dict__.items() if name != "_held"},)
@@ -323,7 +330,7 @@ class CpuKernels:
             raise RuntimeError("evaluate: expected tensors on the CPU, got some on another device")
         call = _evaluation(chains, residuals)
         if chains[0].stages[0].conv != "dense":
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
         out = _empty(x, call.output_shape(x.shape, flat))
         params = [p if takes(p) else p.contiguous() for p in flat]
         packed = _packed(x, chains, flat, params, call.stages)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..chain import chain_spec, parse
-from ..checks import check_bool, fail
+from ..checks import check_bool
+from ..errors import fail, short
 from ..modules.fused import FusedModule
 from ..modules.sequence import FusedSequential
 from ..modules.units import ACTS, Unit, describe, is_same_conv, norm_kind
@@ -86,10 +87,13 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def _wanted(model: nn.Module, blocks: Iterable[type | str] | None) -> tuple[tuple[type, ...], set[str]]:
-    found = [] if blocks is None else [blocks] if isinstance(blocks, (str, type)) else list(blocks)
+    try:
+        found = [] if blocks is None else [blocks] if isinstance(blocks, (str, type)) else list(blocks)
+    except TypeError:
+        fail("fuse", "blocks", "classes of modules, or names", short(blocks), TypeError)
     for each in found:
         if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
-            fail("fuse", "blocks", "classes of modules, or names", repr(each), TypeError)
+            fail("fuse", "blocks", "classes of modules, or names", short(each), TypeError)
     names = {b for b in found if isinstance(b, str)}
     unknown = sorted(names - dict(model.named_modules()).keys())
     if unknown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .network import MobileNet, build_blocks, classifier, conv_bn_act
+from .network import MobileNet, build_blocks, checked_options, classifier, conv_bn_act
 from .tables import layer_shapes
 
 
@@ -23,7 +23,8 @@ def mobilenet_v1(
     >>> models.mobilenet_v1(num_classes=10, width_mult=0.25)(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
+    given = num_classes, in_channels, dropout, bn_eps, bn_momentum
+    num_classes, in_channels, dropout, bn = checked_options("mobilenet_v1", *given)
     shapes = layer_shapes("mobilenet_v1", width_mult=width_mult)
     return MobileNet(
         conv_bn_act(in_channels, shapes[0].in_channels, 3, stride=2, padding=1, act="relu", **bn),

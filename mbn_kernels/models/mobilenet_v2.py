@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..modules import FusedPointwiseConvBNAct, make_divisible
-from .network import MobileNet, build_blocks, classifier, conv_bn_act
+from .network import MobileNet, build_blocks, checked_options, classifier, conv_bn_act
 from .tables import layer_shapes
 
 
@@ -25,9 +25,10 @@ def mobilenet_v2(
     >>> models.mobilenet_v2(num_classes=10, width_mult=0.35)(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
+    given = num_classes, in_channels, dropout, bn_eps, bn_momentum
+    num_classes, in_channels, dropout, bn = checked_options("mobilenet_v2", *given)
     shapes = layer_shapes("mobilenet_v2", width_mult=width_mult)
-    features = make_divisible(1280 * max(1.0, width_mult))
+    features = make_divisible(1280 * max(1.0, float(width_mult)))
     return MobileNet(
         conv_bn_act(in_channels, shapes[0].in_channels, 3, stride=2, padding=1, act="relu6", **bn),
         build_blocks(shapes, fused=fused, **bn),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..checks import check_bool, integer
 from ..modules import FusedPointwiseConvBNAct, FusedSqueezeExcite, make_divisible
-from .network import MobileNet, build_blocks, classifier_v3, conv_bn_act
+from .network import MobileNet, build_blocks, checked_options, classifier_v3, conv_bn_act
 from .tables import layer_shapes
 
 
@@ -47,12 +48,15 @@ def mobilenet_v3(
     bn_eps, bn_momentum: of every batch norm; the defaults are those of the published weights.
     fused: False builds the plain twin, stock PyTorch with the same state_dict.
     """
-    bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
+    given = num_classes, in_channels, dropout, bn_eps, bn_momentum
+    num_classes, in_channels, dropout, bn = checked_options(network, *given)
+    squeeze_divisor = integer(network, "squeeze_divisor", squeeze_divisor)
+    check_bool(network, "last_se", last_se)
     shapes = layer_shapes(network, width_mult=width_mult)
     # 960 and 576 at width 1.
     features = 6 * shapes[-1].out_channels
     squeeze = features // 4 if squeeze_divisor == 1 else make_divisible(features / 4, squeeze_divisor)
-    hidden = make_divisible(hidden * width_mult)
+    hidden = make_divisible(hidden * float(width_mult))
     return MobileNet(
         conv_bn_act(in_channels, shapes[0].in_channels, 3, stride=2, padding=1, act="hardswish", **bn),
         build_blocks(shapes, fused=fused, squeeze_divisor=squeeze_divisor, **bn),

@@ -7,13 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..checks import check_input, check_tensor, integer, number
+from ..errors import fail, short
 from ..modules import FusedDepthwiseSeparable, FusedInvResBlock, FusedSequential
-from ..modules.ends import Head
+from ..modules.ends import Head, explain_stem
 from ..modules.kept import KeepsEvaluation
 from ..modules.sequence import run_in_turn
 from ..modules.watch import has_hook
-from .tables import BlockShape
+from .tables import KINDS, BlockShape
 
+MOST_CLASSES = (1 << 31) - 1
 _ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
 
 
@@ -38,6 +41,10 @@ class MobileNet(KeepsEvaluation, nn.Module):
         se_block: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        optional = {name: part for name, part in (("last_conv", last_conv), ("se_block", se_block)) if part is not None}
+        for name, part in {"conv1": conv1, "blocks": blocks, "classifier": classifier, **optional}.items():
+            if not isinstance(part, nn.Module):
+                fail(type(self).__name__, name, "an nn.Module", short(part), TypeError)
         self.conv1 = conv1
         self.blocks = blocks
         # Registered before last_conv, though it runs after it: the order of parameters is part of an optimiser's state.
@@ -51,6 +58,19 @@ class MobileNet(KeepsEvaluation, nn.Module):
         return self.__dict__ | {"_kept": None}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_tensor(type(self).__name__, "x", x)
+        check_input(type(self).__name__, x)
+        if torch.compiler.is_compiling():
+            return self._run(x)
+        if x.is_meta:  # stock's batch norm counts the batch before it finds out
+            explain_stem(self.conv1, x)
+        try:
+            return self._run(x)
+        except (RuntimeError, AssertionError):
+            explain_stem(self.conv1, x)
+            raise
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
         if type(self.blocks) is FusedSequential and not has_hook(self.blocks):
             parts = (self.conv1, *self.blocks._modules.values(), self.last_conv, self.se_block)
             head = Head(self.gap, self.classifier)
@@ -97,6 +117,16 @@ def conv_bn_act(
     )
 
 
+def checked_options(
+    op: str, num_classes: int, in_channels: int, dropout: float, bn_eps: float, bn_momentum: float | None
+) -> tuple[int, int, float, dict]:
+    """(num_classes, in_channels, dropout, {"bn_eps": …, "bn_momentum": …}), checked before anything is built."""
+    classes = integer(op, "num_classes", num_classes, most=MOST_CLASSES)
+    momentum = None if bn_momentum is None else number(op, "bn_momentum", bn_momentum)
+    bn = {"bn_eps": number(op, "bn_eps", bn_eps, least=0), "bn_momentum": momentum}
+    return classes, integer(op, "in_channels", in_channels), number(op, "dropout", dropout, least=0, most=1), bn
+
+
 def build_block(
     shape: BlockShape,
     *,
@@ -111,6 +141,8 @@ def build_block(
     >>> models.build_block(shape)(torch.randn(2, shape.in_channels, 8, 8)).shape
     torch.Size([2, 24, 4, 4])
     """
+    if not isinstance(shape, BlockShape) or shape.kind not in KINDS:
+        fail("build_block", "shape", f"a BlockShape of kind {' or '.join(KINDS)}", short(shape), TypeError)
     bn = {"bn_eps": bn_eps, "bn_momentum": bn_momentum}
     if shape.kind == "separable":
         return FusedDepthwiseSeparable(

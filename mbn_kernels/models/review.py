@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..checks import integer, number
+from ..errors import fail, short
 from ..modules import FusedInvResBlock, FusedPointwiseConvBNAct, FusedSqueezeExcite, make_divisible
-from .network import MobileNet, classifier_v3, conv_bn_act, sequence
+from ..stages import MOST
+from .network import MOST_CLASSES, MobileNet, classifier_v3, conv_bn_act, sequence
 from .tables import V3_LARGE, V3_SMALL
 
 
@@ -25,6 +28,14 @@ def review_small_cfgs() -> list:
     [(1, None, 576, True, 'hs', 1), 1024]
     """
     return [*V3_SMALL, (1, None, 576, True, "hs", 1), 1024]
+
+
+def _rows(op: str, cfgs: Sequence) -> list:
+    """Of the blocks and the last convolution, then the classifier's width."""
+    rows = list(cfgs) if isinstance(cfgs, (list, tuple)) else []
+    if len(rows) < 2 or not all(isinstance(row, (list, tuple)) and len(row) == 6 for row in rows[:-1]):
+        fail(op, "cfgs", "rows (k, exp, out, se, nl, s) and the classifier's width", short(cfgs), TypeError)
+    return rows
 
 
 class MobileNetV3(MobileNet):
@@ -49,11 +60,20 @@ class MobileNetV3(MobileNet):
         *,
         fused: bool = True,
     ) -> None:
-        *rows, (last_k, _, features, last_se, last_nl, _), hidden = cfgs
+        op = type(self).__name__
+        in_channels = integer(op, "in_channels", in_channels)
+        width_exp = number(op, "width_exp", width_exp, above=0)
+        rows = _rows(op, cfgs)
+        hidden = integer(op, "cfgs", rows.pop())
+        last_k, _, features, last_se, last_nl, _ = rows.pop()
+        last_k, features = integer(op, "cfgs", last_k), integer(op, "cfgs", features)
+        num_classes = integer(op, "num_classes", num_classes, most=MOST_CLASSES)
         conv1 = conv_bn_act(in_channels, 16, 3, stride=2, padding=1, act="hardswish", bn_momentum=0.99)
         blocks, channels = [], 16
         for k, exp, out, se, nl, s in rows:
-            out = make_divisible(out * width_exp)
+            out = make_divisible(integer(op, "cfgs", out) * width_exp)
+            if out > MOST:
+                fail(op, "width_exp", f"one with at most {MOST} channels", f"{out} of {width_exp:g}")
             blocks.append(FusedInvResBlock(channels, k, make_divisible(exp), out, se, nl, s, fused=fused))
             channels = out
         se_block = FusedSqueezeExcite(features, fused=fused) if last_se else None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checks import integers, number
+from ..errors import fail, short
 from ..modules import make_divisible
+from ..stages import MOST
 
 # (output channels, stride) of each depthwise separable layer, after a 3x3 stride 2 stem of 32 channels.
 V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
@@ -47,6 +50,9 @@ V3_SMALL = (
 # Channels of the 3x3 stride 2 stem at width 1.
 STEM_CHANNELS = {"mobilenet_v1": 32, "mobilenet_v2": 32, "mobilenet_v3_large": 16, "mobilenet_v3_small": 16}
 NETWORKS = tuple(STEM_CHANNELS)
+
+
+KINDS = ("separable", "inverted_residual")
 
 
 @dataclass(frozen=True)
@@ -100,15 +106,18 @@ def layer_shapes(network: str, resolution: int | tuple[int, int] = 224, width_mu
     >>> [(shape.k, shape.out_channels, shape.height) for shape in models.layer_shapes("mobilenet_v3_small", 64)[:3]]
     [(3, 16, 32), (3, 24, 16), (3, 24, 8)]
     """
-    if network not in STEM_CHANNELS:
-        raise ValueError(f"layer_shapes: network: expected one of {', '.join(NETWORKS)}, got {network!r}")
-    if not width_mult > 0:
-        raise ValueError(f"layer_shapes: width_mult: expected a positive number, got {width_mult!r}")
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    op = "layer_shapes"
+    if not isinstance(network, str) or network not in STEM_CHANNELS:
+        fail(op, "network", f"one of {', '.join(NETWORKS)}", short(network))
+    width_mult = number(op, "width_mult", width_mult, above=0)
+    height, width = integers(op, "resolution", resolution, (2,), 1)
     # Every kernel is odd and padded by (k - 1) // 2, so stride s divides a side and rounds up.
     height, width = -(-height // 2), -(-width // 2)
     channels = make_divisible(STEM_CHANNELS[network] * width_mult)
-    kind = "separable" if network == "mobilenet_v1" else "inverted_residual"
+    widest = max(max(exp, out) for _, exp, out, *_ in _blocks(network, channels, width_mult))
+    if widest > MOST:
+        fail(op, "width_mult", f"one with at most {MOST} channels", f"{widest} of {width_mult:g}")
+    kind = KINDS[network != "mobilenet_v1"]
     shapes = []
     for k, exp, out, se, nl, s in _blocks(network, channels, width_mult):
         shapes.append(BlockShape(channels, k, exp, out, se, nl, s, height, width, kind))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..checks import fail, integers
+from ..checks import check_bool, integer, number
+from ..errors import fail, short
 from .fused import FusedModule
 from .units import Unit, stage_unit
 
@@ -25,25 +26,31 @@ def make_divisible(v: float, divisor: int = 8) -> int:
     >>> make_divisible(90), make_divisible(11)
     (88, 16)
     """
+    v, divisor = number("make_divisible", "v", v), integer("make_divisible", "divisor", divisor)
     rounded = max(int(v + divisor / 2) // divisor * divisor, divisor)
     return rounded + divisor if rounded < 0.9 * v else rounded
 
 
 def _act(op: str, name: str, argument: str = "nl") -> nn.Module:
     if not isinstance(name, str) or name not in _ACT_MODULES:
-        fail(op, argument, f"one of {', '.join(_ACT_MODULES)}", repr(name))
+        fail(op, argument, f"one of {', '.join(_ACT_MODULES)}", short(name))
     return _ACT_MODULES[name]()
 
 
-def _counts(op: str, **values: int) -> None:
-    for name, value in values.items():
-        integers(op, name, value, (1,), 1)
+def _counts(op: str, **values: int) -> list[int]:
+    return [integer(op, name, value) for name, value in values.items()]
 
 
-def _odd(op: str, k: int) -> None:
-    _counts(op, k=k)
+def _odd(op: str, k: int) -> int:
+    k = integer(op, "k", k)
     if k % 2 == 0:
         fail(op, "k", "an odd kernel size", k)
+    return k
+
+
+def _norm(op: str, bn_eps: float, bn_momentum: float | None) -> tuple[float, float | None]:
+    momentum = None if bn_momentum is None else number(op, "bn_momentum", bn_momentum)
+    return number(op, "bn_eps", bn_eps, least=0), momentum
 
 
 def _pointwise(c_in: int, c_out: int, act: nn.Module | None, eps: float, momentum: float) -> nn.Sequential:
@@ -77,9 +84,9 @@ class FusedSqueezeExcite(FusedModule):
 
     def __init__(self, channels: int, r: int = 4, *, squeeze_channels: int | None = None, fused: bool = True) -> None:
         super().__init__(fused)
-        _counts("FusedSqueezeExcite", channels=channels, r=r)
+        channels, r = _counts("FusedSqueezeExcite", channels=channels, r=r)
         squeeze = channels // r if squeeze_channels is None else squeeze_channels
-        _counts("FusedSqueezeExcite", squeeze_channels=squeeze)
+        (squeeze,) = _counts("FusedSqueezeExcite", squeeze_channels=squeeze)
         self.squeeze = nn.AdaptiveAvgPool2d(1)
         layers = [nn.Linear(channels, squeeze), nn.ReLU(), nn.Linear(squeeze, channels), nn.Hardsigmoid()]
         self.excitation = nn.Sequential(*layers)
@@ -139,13 +146,12 @@ class FusedDepthwiseConvBNAct(_ConvBNAct):
         fused: bool = True,
     ) -> None:
         op = "FusedDepthwiseConvBNAct"
-        _odd(op, k)
-        _counts(op, channels=channels, stride=stride, dilation=dilation)
+        k = _odd(op, k)
+        channels, stride, dilation = _counts(op, channels=channels, stride=stride, dilation=dilation)
         if padding is not None:
-            integers(op, "padding", padding, (1,), 0)
-        super().__init__(
-            _depthwise(channels, k, stride, dilation, padding, _act(op, act, "act"), bn_eps, bn_momentum), fused
-        )
+            padding = integer(op, "padding", padding, 0)
+        norm = _norm(op, bn_eps, bn_momentum)
+        super().__init__(_depthwise(channels, k, stride, dilation, padding, _act(op, act, "act"), *norm), fused)
 
 
 class FusedPointwiseConvBNAct(_ConvBNAct):
@@ -167,8 +173,9 @@ class FusedPointwiseConvBNAct(_ConvBNAct):
         fused: bool = True,
     ) -> None:
         op = "FusedPointwiseConvBNAct"
-        _counts(op, in_channels=in_channels, out_channels=out_channels)
-        super().__init__(_pointwise(in_channels, out_channels, _act(op, act, "act"), bn_eps, bn_momentum), fused)
+        in_channels, out_channels = _counts(op, in_channels=in_channels, out_channels=out_channels)
+        norm = _norm(op, bn_eps, bn_momentum)
+        super().__init__(_pointwise(in_channels, out_channels, _act(op, act, "act"), *norm), fused)
 
 
 class _LayersBlock(FusedModule):
@@ -219,11 +226,12 @@ class FusedDepthwiseSeparable(_LayersBlock):
     ) -> None:
         super().__init__(fused)
         op = "FusedDepthwiseSeparable"
-        _odd(op, k)
-        _counts(op, in_channels=in_channels, out_channels=out_channels, s=s)
+        k = _odd(op, k)
+        in_channels, out_channels, s = _counts(op, in_channels=in_channels, out_channels=out_channels, s=s)
+        norm = _norm(op, bn_eps, bn_momentum)
         self.layers = nn.Sequential(
-            _depthwise(in_channels, k, s, 1, None, _act(op, nl), bn_eps, bn_momentum),
-            _pointwise(in_channels, out_channels, _act(op, nl), bn_eps, bn_momentum),
+            _depthwise(in_channels, k, s, 1, None, _act(op, nl), *norm),
+            _pointwise(in_channels, out_channels, _act(op, nl), *norm),
         )
 
 
@@ -272,17 +280,25 @@ class FusedInvResBlock(_LayersBlock):
     ) -> None:
         super().__init__(fused)
         op = "FusedInvResBlock"
-        _odd(op, k)
-        _counts(op, in_channels=in_channels, exp_channels=exp_channels, out_channels=out_channels, s=s)
-        _counts(op, squeeze_divisor=squeeze_divisor)
-        self.se = bool(se)
+        k = _odd(op, k)
+        in_channels, exp_channels, out_channels, s, squeeze_divisor = _counts(
+            op,
+            in_channels=in_channels,
+            exp_channels=exp_channels,
+            out_channels=out_channels,
+            s=s,
+            squeeze_divisor=squeeze_divisor,
+        )
+        norm = _norm(op, bn_eps, bn_momentum)
+        self.se = bool(se) if isinstance(se, int) and se in (0, 1) else se
+        check_bool(op, "se", self.se)
         self.skip_connect = s == 1 and in_channels == out_channels
         layers: list[nn.Module] = []
         if in_channels != exp_channels:
-            layers.append(_pointwise(in_channels, exp_channels, _act(op, nl), bn_eps, bn_momentum))
-        layers.append(_depthwise(exp_channels, k, s, 1, None, _act(op, nl), bn_eps, bn_momentum))
+            layers.append(_pointwise(in_channels, exp_channels, _act(op, nl), *norm))
+        layers.append(_depthwise(exp_channels, k, s, 1, None, _act(op, nl), *norm))
         if self.se:
             squeeze = exp_channels // 4 if squeeze_divisor == 1 else make_divisible(exp_channels / 4, squeeze_divisor)
             layers.append(FusedSqueezeExcite(exp_channels, squeeze_channels=squeeze, fused=fused))
-        layers.append(_pointwise(exp_channels, out_channels, None, bn_eps, bn_momentum))
+        layers.append(_pointwise(exp_channels, out_channels, None, *norm))
         self.layers = nn.Sequential(*layers)

@@ -5,9 +5,12 @@ They are stock modules; where a gradient is wanted, the pool and the linear laye
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from ..chain import chain_spec, stage_spec
+from ..chain import chain_spec, parse, stage_spec
+from ..checks import check_chain, check_dispatched
+from ..ops import AUTOCAST_DEVICES
 from .fused import Call
 from .units import ACTS, Unit, _parameter, append_tensors, describe_stem, stage_unit
 from .watch import has_hook
@@ -23,6 +26,17 @@ def stem_call(module: nn.Module) -> Call | None:
     params: list[Tensor] = []
     append_tensors(Unit(*stage_unit(module)[:3]), params, running := [])
     return Call(chain_spec(type(module).__name__, [stage]), params, running, False)
+
+
+def explain_stem(module: nn.Module, x: Tensor) -> None:
+    """Where a network refused ``x``: ValueError or TypeError if it is its stem, stock modules, that it does not fit."""
+    call = stem_call(module)
+    if call is None:
+        return
+    parsed, weight = parse(call.spec), call.params[0]
+    check_dispatched(parsed, x, call.params)
+    casts = x.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    check_chain(parsed.name, x.to(weight.dtype) if casts else x, parsed.stages, call.params, False)
 
 
 class Head:

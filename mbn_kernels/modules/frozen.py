@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor, fail
+from ..checks import check_dense, check_tensor
+from ..errors import fail
 from .kept import KeepsEvaluation, forget
 
 
@@ -22,10 +23,15 @@ class FrozenEvaluation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("FrozenEvaluation", "x", x)
-        if x.dtype != self._dtype or x.dim() != 4 or not x.is_cpu or x.layout != torch.strided:
+        check_dense("FrozenEvaluation", "x", x)
+        if x.dtype != self._dtype or x.dim() != 4 or not x.is_cpu:
             expected = f"a dense tensor of {self._dtype} on the CPU with 4 dimensions (N, C, H, W)"
             fail("FrozenEvaluation", "x", expected, f"{x.layout}, {x.dtype} on {x.device} with {x.dim()}")
-        out = self._run(x.detach())
+        try:
+            out = self._run(x.detach())
+        except RuntimeError:
+            self._run.explain("FrozenEvaluation", x)
+            raise
         return out.flatten(1) if self._flat else out
 
     def extra_repr(self) -> str:

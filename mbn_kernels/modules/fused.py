@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..chain import chain_spec, parse
-from ..checks import check_tensor
+from ..checks import check_bool, check_tensor
 from ..functional import Running, evaluates, run_chain, runs_directly
 from .kept import KeepsEvaluation, keep, recall
 from .units import Description, Unit, append_tensors, describe, is_same_conv
@@ -91,6 +91,7 @@ class FusedModule(KeepsEvaluation, nn.Module):
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
+        check_bool(type(self).__name__, "fused", fused)
         self.fused = fused
         self._reading: _Reading | None = None
 

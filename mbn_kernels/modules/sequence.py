@@ -4,11 +4,14 @@ not stored twice.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
 from ..chain import parse
+from ..errors import fail, short
 from ..functional import run_linked, runs_directly
 from .ends import Head, stem_call
 from .fused import Call, FusedModule
@@ -29,6 +32,13 @@ class FusedSequential(KeepsEvaluation, nn.Sequential):
     ...     torch.allclose(net(x), nn.Sequential(*blocks)(x), atol=1e-4)
     True
     """
+
+    def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]) -> None:
+        named = len(modules) == 1 and isinstance(modules[0], dict)
+        for part in modules[0].values() if named else modules:
+            if not isinstance(part, nn.Module):
+                fail("FusedSequential", "modules", "modules, or a dictionary of them", short(part), TypeError)
+        super().__init__(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
         return run_in_turn(self, list(self._modules.values()), x)
