@@ -22,7 +22,11 @@ INCLUDE = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}")
 WAITS = "if (spins > 4096)"
 #: A team's code, and what makes it wrong in its place.
 FAULTS = {
-    "a meeting that nobody waits at": ("return team.round.load() != round;", "return true;"),
+    "a meeting that nobody waits at": (
+        "spin_until([&] { return team.round.load() != round || team.broken.load(); });\n"
+        "    if (team.round.load() == round) throw Broken{};",
+        "",
+    ),
     "a meeting that orders nothing": (
         "team.round.store(round + 1)",
         "team.round.store(round + 1, std::memory_order_relaxed)",
