@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,12 +37,12 @@ def read(file: Path) -> dict[str, Entry]:
 
 
 def _content(file: Path) -> bytes:
-    """Of a regular file; O_NONBLOCK, as opening a pipe would wait for who writes to it."""
+    """O_NONBLOCK, as opening a pipe would wait for who writes to it; a device may have no end."""
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
-        found = os.fstat(opened.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
-            raise ValueError(f"{file}: expected a file of at most {LARGEST} bytes")
-        return opened.read(LARGEST)
+        content = opened.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{file}: expected at most {LARGEST} bytes")
+    return content
 
 
 def _entry(found: dict) -> Entry:
