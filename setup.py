@@ -37,7 +37,9 @@ def import_torch():
         except ImportError as error:
             sys.exit(
                 "mbn_kernels builds against the PyTorch of your environment and could not import it "
-                f'({error}): run `pip install "torch>=2.11"` there, then install mbn_kernels again.'
+                f'({error}): run `pip install "torch>=2.11"` there, then install mbn_kernels again; if it is there, '
+                "the build tool hides it: use pip, `python -m build --no-isolation` or `uv pip install "
+                "--no-build-isolation`, with setuptools and ninja installed."
             )
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
         sys.exit(

@@ -70,6 +70,7 @@ def test_setup_without_a_usable_torch_is_one_sentence(tmp_path, stub, beginning)
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(beginning)
     assert '"torch>=2.11"' in result.stderr
+    assert ("--no-isolation" in result.stderr) == ("could not import it" in beginning)
 
 
 # setup.py with a torch and a setuptools that build nothing: the last line says what would be built, and with what.
