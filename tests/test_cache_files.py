@@ -129,10 +129,6 @@ def a_socket(path: Path) -> None:
         os.chdir(here)
 
 
-def a_device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
 def a_link_to_nothing(path: Path) -> None:
     path.symlink_to("missing")
 
@@ -142,7 +138,7 @@ def a_link_to_itself(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", (a_folder, a_pipe, a_socket, a_device, a_link_to_nothing, a_link_to_itself), ids=lambda f: f.__name__
+    "place", (a_folder, a_pipe, a_socket, a_link_to_nothing, a_link_to_itself), ids=lambda f: f.__name__
 )
 def test_no_file_in_its_place(file: Path, place: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     file.parent.mkdir()
@@ -236,6 +232,15 @@ file = Path(file.name)
 def child(file: Path, program: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-I", "-S", "-c", CHILD + program, cache.__file__, str(file), json.dumps(OTHER)]
     return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
+
+def test_a_device_without_end(file: Path) -> None:
+    """No more of it than of a file is read: this process could not hold much more."""
+    file.parent.mkdir()
+    file.symlink_to("/dev/zero")
+    limit = f"resource.setrlimit(resource.RLIMIT_AS, ({(1 << 28) + 4 * cache.LARGEST},) * 2)"
+    ended = child(file, f"{limit}\nprint(cache.read(file))")
+    assert (ended.returncode, ended.stdout) == (0, "{}\n"), ended.stderr
 
 
 ENDED = {
