@@ -169,7 +169,7 @@ def _parse_stage(text: str) -> Stage:
         acts = None if gate == "-" else tuple(one_of(ACTIVATIONS, name) for name in gate.split("/"))
         normed = norm in ("batch", "running")
         fits = (norm == "none" or conv not in ("none", "pool")) and (normed or affine == "0")
-        if not fits or (acts is not None and len(acts) != 2) or (shared and (norm != "batch" or not group)):
+        if not fits or (acts is not None and len(acts) != 2) or (shared and norm != "batch"):
             raise ValueError
         return Stage(
             one_of(CONVS, conv),
