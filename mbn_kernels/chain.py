@@ -137,7 +137,7 @@ def channels_last(t: Tensor) -> Tensor:
     """
     if t.is_contiguous(memory_format=torch.channels_last):
         return t
-    if t.numel() and not t.untyped_storage().nbytes():
+    if not (t.is_meta or t.data_ptr()) and t.numel():
         raise RuntimeError("channels_last: t: expected a tensor with memory, got one whose memory was freed")
     return t.contiguous(memory_format=torch.channels_last)
 

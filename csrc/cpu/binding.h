@@ -17,17 +17,22 @@ struct Memory {
   int64_t bytes;
   bool overlaps(const Memory& other) const { return bytes > 0 && other.bytes > 0 && begin < other.begin + other.bytes && other.begin < begin + bytes; }
 };
-// All of it lies in the tensor's storage, which may have been made smaller since.
-inline Memory memory_of(const char* op, const char* name, const Tensor& t, int64_t itemsize) {
-  Memory memory = {name, static_cast<const char*>(t.const_data_ptr()), t.numel() > 0 ? itemsize : 0};
-  const auto sizes = t.sizes(), strides = t.strides();
-  for (size_t i = 0; memory.bytes > 0 && i < sizes.size(); ++i) memory.bytes += (sizes[i] - 1) * strides[i] * itemsize;
+// All of it lies in the tensor's storage, which may have been made smaller since. Of a dense tensor:
+inline Memory memory_of(const char* op, const char* name, const Tensor& t, int64_t itemsize, int64_t numel) {
+  const Memory memory = {name, static_cast<const char*>(t.const_data_ptr()), numel * itemsize};
   int64_t offset, stored;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
-  MBN_CHECK(memory.bytes == 0 || offset * itemsize + memory.bytes <= stored, op, ": ", name, ": expected a storage of at least ",
+  MBN_CHECK(numel == 0 || offset * itemsize + memory.bytes <= stored, op, ": ", name, ": expected a storage of at least ",
             offset * itemsize + memory.bytes, " bytes, got ", stored);
   return memory;
+}
+// Of one with any strides.
+inline Memory memory_of(const char* op, const char* name, const Tensor& t, int64_t itemsize) {
+  int64_t span = t.numel() > 0 ? 1 : 0;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; span > 0 && i < sizes.size(); ++i) span += (sizes[i] - 1) * strides[i];
+  return memory_of(op, name, t, itemsize, span);
 }
 
 // An operator's call: its name, and the memory of its arguments, none of which may lie in what it writes.
@@ -36,9 +41,9 @@ class Call {
   explicit Call(const char* op) : op_(op) {}
   operator const char*() const { return op_; }
 
-  const void* read(const char* name, const Tensor& t, int64_t itemsize) { return add(memory_of(op_, name, t, itemsize), false); }
-  void* write(const char* name, const Tensor& t, int64_t itemsize) {
-    add(memory_of(op_, name, t, itemsize), true);
+  const void* read(const Memory& memory) { return add(memory, false); }
+  void* write(const Memory& memory, const Tensor& t) {
+    add(memory, true);
     return t.mutable_data_ptr();
   }
 
@@ -76,23 +81,23 @@ constexpr ScalarType kDtype<int64_t> = ScalarType::Long;
 template <class S>
 const S* activations(Call& op, const char* name, const Tensor& t, const Shape& shape) {
   check_activations(op, name, t, kDtype<S>, shape);
-  return static_cast<const S*>(op.read(name, t, sizeof(S)));
+  return static_cast<const S*>(op.read(memory_of(op, name, t, sizeof(S), shape.images * shape.channels * shape.pixels())));
 }
 template <class S>
 S* activations_out(Call& op, const char* name, const Tensor& t, const Shape& shape) {
   check_activations(op, name, t, kDtype<S>, shape);
-  return static_cast<S*>(op.write(name, t, sizeof(S)));
+  return static_cast<S*>(op.write(memory_of(op, name, t, sizeof(S), shape.images * shape.channels * shape.pixels()), t));
 }
 // Anything else (weights, per-channel vectors, gates, sums), contiguous with exactly `numel` elements of type T.
 template <class T>
 const T* dense(Call& op, const char* name, const Tensor& t, int64_t numel) {
   check_dense(op, name, t, kDtype<T>, numel);
-  return static_cast<const T*>(op.read(name, t, sizeof(T)));
+  return static_cast<const T*>(op.read(memory_of(op, name, t, sizeof(T), numel)));
 }
 template <class T>
 T* dense_out(Call& op, const char* name, const Tensor& t, int64_t numel) {
   check_dense(op, name, t, kDtype<T>, numel);
-  return static_cast<T*>(op.write(name, t, sizeof(T)));
+  return static_cast<T*>(op.write(memory_of(op, name, t, sizeof(T), numel), t));
 }
 
 // Of a call in which nothing can lie in what is written.

@@ -146,7 +146,7 @@ void run(const Tensor& x, const std::vector<Stage<S>>& stages, const std::vector
   Call call(op);
   if (steps[0].dense.weight) {
     check_kind(op, "x", x, kDtype<S>);  // any strides
-    p.x = static_cast<const S*>(call.read("x", x, sizeof(S)));
+    p.x = static_cast<const S*>(call.read(memory_of(op, "x", x, sizeof(S))));
     for (int i = 0; i < 4; ++i) p.x_strides[i] = x.strides()[size_t(i)];
   } else {
     p.x = activations<S>(call, "x", x, in);
@@ -164,13 +164,15 @@ char* packed_memory(const Tensor& packed) {
 // Its memory and the output's, apart from each other and from the input's: before anything is written.
 template <class S>
 std::pair<Memory, Memory> check_written(const Tensor& x, const Tensor& packed, const Places& places, const Tensor& out) {
-  check_dense(op, "packed", packed, ScalarType::Float, places.used / int64_t(sizeof(float)));
+  const int64_t numbers = places.used / int64_t(sizeof(float));
+  check_dense(op, "packed", packed, ScalarType::Float, numbers);
   check_kind(op, "out", out, kDtype<S>);
+  const Memory written[] = {memory_of(op, "packed", packed, sizeof(float), numbers), memory_of(op, "out", out, sizeof(S))};
   Call call(op);
-  call.read("x", x, sizeof(S));
-  call.write("packed", packed, sizeof(float));
-  call.write("out", out, sizeof(S));
-  return {memory_of(op, "packed", packed, sizeof(float)), memory_of(op, "out", out, sizeof(S))};
+  call.read(memory_of(op, "x", x, sizeof(S)));
+  call.write(written[0], packed);
+  call.write(written[1], out);
+  return {written[0], written[1]};
 }
 
 // What an evaluation is of, but for its input.

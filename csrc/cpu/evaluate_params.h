@@ -283,9 +283,12 @@ inline uint64_t sampled(uint64_t h, const void* data, int64_t bytes) {
 template <class T>
 Memory dense_in_any_order(const Tensor& t, int64_t numel) {
   static constexpr int kChannelsLast[] = {0, 2, 3, 1};
-  if (t.dim() != 4 || !dense_in_order(t, kChannelsLast, 4)) check_dense(op, "params", t, kDtype<T>, numel);
-  check_kind(op, "params", t, kDtype<T>);
-  return memory_of(op, "params", t, sizeof(T));
+  if (t.dim() == 4 && dense_in_order(t, kChannelsLast, 4)) {
+    check_kind(op, "params", t, kDtype<T>);
+  } else {
+    check_dense(op, "params", t, kDtype<T>, numel);
+  }
+  return memory_of(op, "params", t, sizeof(T), numel);
 }
 
 // Neither what is packed nor the output may lie in a parameter.
