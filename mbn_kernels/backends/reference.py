@@ -128,8 +128,11 @@ class ReferenceKernels:
         return self._with_statistics(u.y, F.conv2d(v, weight.to(v.dtype)), statistics)
 
     def depthwise_forward(self, u: Value, weight: Tensor, stage: Stage, statistics: bool):
-        v = value(u)
-        y = F.conv2d(self._padded(v, stage), weight.to(v.dtype), None, stage.stride, 0, stage.dilation, v.shape[1])
+        v, channels = self._padded(value(u), stage), u.y.shape[1]
+        weight = weight.to(v.dtype)
+        if channels == 1:  # channels-last, oneDNN makes wrong numbers where a stride leaves one column
+            v, weight = (t.clone(memory_format=torch.contiguous_format) for t in (v, weight))
+        y = F.conv2d(v, weight, None, stage.stride, 0, stage.dilation, channels)
         return self._with_statistics(u.y, y, statistics)
 
     @staticmethod
