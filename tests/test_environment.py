@@ -133,8 +133,8 @@ def test_the_page_says_what_the_sources_read(read: dict) -> None:
 
 def test_reads_are_found(read: dict) -> None:
     """Of each kind of source, and of each way to read."""
-    files = {"csrc/cpu/dispatch.cpp", "mbn_kernels/__main__.py", "tests/run_sanitized.py"}
-    assert {str(where) for where, _ in read["MBN_CPU_ISA"]} == files
+    places = {"csrc/cpu/dispatch.cpp", "mbn_kernels/__main__.py", "tests/run_sanitized.py"}
+    assert {str(where) for where, _ in read["MBN_CPU_ISA"]} == places
     assert (Path("setup.py"), "c++") in read["CXX"] and (Path("Makefile"), "python3") in read["PYTHON"]
     assert (Path("Makefile"), "1") in read["OMP_NUM_THREADS"] and (Path(".ci/run"), "2") in read["MAX_JOBS"]
     assert Path("tests/cuda_host_build.py") in dict(read["MBN_SANITIZE_CUDA_HOST"])  # by a constant
