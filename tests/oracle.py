@@ -5,8 +5,8 @@ TOLERANCE. With errors as maxima over a tensor, against the float64 oracle on th
     error(fused) <= 2 * error(stock PyTorch at that dtype) + eps(dtype) * scale
 
 for outputs, all gradients and running statistics. ``scale`` is the oracle's largest magnitude; for a mean it is that of
-the numbers averaged, since their rounding is what a mean inherits, and for a variance at least eps * mean^2, as its
-mean is rounded. float64 has no wider oracle: there the bound is 1e-12 * scale.
+the numbers averaged, since their rounding is what a mean inherits, and for a variance at least
+eps * (4 * mean)^2, as its mean is rounded. float64 has no wider oracle: there the bound is 1e-12 * scale.
 
 Both terms are estimates that a small tensor can make by luck: the maximum of four rounding errors may be nearly 0, and
 a sum that happens to cancel has no scale. So before a breach counts, stock's error is taken anew on up to DRAWS copies
@@ -315,7 +315,7 @@ class Expected:
         if name.endswith("running_mean"):
             return max(scale, magnitude(self.oracle[name[:-4] + "var"]) ** 0.5)
         if name.endswith("running_var"):
-            return max(scale, self.eps * magnitude(self.oracle[name[:-3] + "mean"]) ** 2)
+            return max(scale, self.eps * (4 * magnitude(self.oracle[name[:-3] + "mean"])) ** 2)
         return scale
 
     def draw(self, oracle: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
