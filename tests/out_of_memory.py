@@ -65,7 +65,7 @@ def evaluation(images: int, height: int) -> Callable[[], list[Tensor]]:
 
 WORKS = {
     "training": training,
-    "one image": lambda height: evaluation(1, 4 * height),  # whose rows the threads share
+    "one image": lambda height: evaluation(1, 16 * height),  # whose rows the threads share
     "images": lambda height: evaluation(8, height),  # which the threads share
 }
 
