@@ -9,6 +9,7 @@ and ``ValueError`` of one sentence, ``op: argument: expected …, got …``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def run_chain(
         if running:
             if grad and not torch.compiler.is_compiling():
                 checks.check_no_gradient(parse(spec).name, running)
-            update_running(running, statistics, x.numel(), () if x.numel() else _shared(spec))
+            update_running(running, statistics, x.numel(), _shared(spec))
 
     if direct and save:
         return ops.ChainFunction.apply(spec, residual, backend, update, x, *params)
@@ -103,6 +104,7 @@ def run_linked(x: Tensor, chains: Sequence[tuple[str, Sequence[Tensor], Sequence
 
 
 @backends.constant_when_compiled
+@lru_cache(maxsize=4096)
 def _shared(spec: str) -> tuple[bool, ...]:
     """Of each stage with batch statistics, whether they are those of a process group."""
     return tuple(stage.group is not None for stage in parse(spec).stages if stage.norm == "batch")

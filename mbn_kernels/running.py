@@ -47,7 +47,8 @@ def update_running(
         fail("update_running", "running", f"one for each of {len(statistics) // 2} batch norms", len(running))
     batches = list(zip(running, statistics[::2], statistics[1::2], strict=True))
     try:
-        if values and _update_at_once(batches):
+        # Where statistics are shared, processes without values are to come to the same bits (_updates_from_others).
+        if values and True not in shared and _update_at_once(batches):
             return
     except (RuntimeError, AttributeError):  # something that cannot be updated; nothing is yet
         check_statistics(batches)
