@@ -213,5 +213,5 @@ def test_layer_shapes_are_what_the_blocks_see():
 def test_layer_shapes_of_bad_input():
     with pytest.raises(ValueError, match=r"^layer_shapes: network: expected one of mobilenet_v1, .* got 'resnet'"):
         layer_shapes("resnet")
-    with pytest.raises(ValueError, match="layer_shapes: width_mult: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="layer_shapes: width_mult: expected more than 0, got 0"):
         layer_shapes("mobilenet_v2", width_mult=0)

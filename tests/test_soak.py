@@ -312,6 +312,7 @@ def test_daemon_threads_at_the_end(exits: int, threads: int) -> None:
     done = run(DAEMONS, exits, threads=threads)
     codes = list(map(int, output(done).split()))
     assert len(codes) == exits and set(codes) <= {7, -signal.SIGABRT}
-    assert done.stderr.count("terminate called without an active exception\n") == codes.count(-signal.SIGABRT)
-    assert len(done.stderr.splitlines()) == codes.count(-signal.SIGABRT)
+    said = done.stderr.splitlines()
+    # Several threads of one process may say it, also of one that ends as asked before it is aborted.
+    assert set(said) <= {"terminate called without an active exception"} and len(said) >= codes.count(-signal.SIGABRT)
     print(codes.count(7), "of", exits, "ended as asked")
