@@ -285,7 +285,8 @@ def sizes_of_terms(call: Call, t: Tensors) -> dict[str, float]:
             p["running_mean"].zero_()
     accumulated.append(run(stock, frozen, t))
     for name, v in (each for results in accumulated for each in results.items()):
-        sizes[name] = max(sizes.get(name, 0), finer * magnitude(v))
+        terms = magnitude(t.dout) if "grad" in name else 0  # what a gradient that cancels to 0 is made of
+        sizes[name] = max(sizes.get(name, 0), finer * magnitude(v), finer * terms)
     return sizes
 
 
